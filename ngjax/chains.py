@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ngjax.actions import fixed, permutation
 from ngjax.spec import (
     EdgeGroup,
     NeuralGraphSpec,
@@ -18,12 +20,10 @@ from ngjax.spec import (
     Path,
     PathKey,
     check_activation,
-    fixed,
     flatten_with_path,
     format_path,
+    param_view,
     path_keys,
-    permutation,
-    whole_param,
 )
 
 
@@ -38,7 +38,8 @@ def mlp_spec(sizes: Sequence[int], *, activation: str = "relu", dtype: str = "fl
     Raises:
       ValueError: fewer than two sizes, a size below one, an unknown activation.
     """
-    sizes = tuple(int(n) for n in sizes)
+    sizes = tuple(operator.index(n) for n in sizes)
+    dtype = str(jnp.dtype(dtype))
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"an MLP needs at least two sizes, all positive; received {sizes}")
     layers = [
@@ -111,26 +112,27 @@ def chain_spec(
     params = tuple(specs[path_keys(path)] for path in order)
     index = {path_keys(param.path): i for i, param in enumerate(params)}
 
-    nodes = [NodeGroup(ids[0], sizes[0], "input", level=0, slots=sizes[0])]
+    nodes = [NodeGroup(ids[0], sizes[0], "input", level=0, axis=ids[0], slots=sizes[0])]
     edges = []
     for i, layer in enumerate(layers):
         is_last = i == last - 1
         n_out = sizes[i + 1]
         bias = None
         if layer.bias is not None:
-            bias = whole_param(index[path_keys(layer.bias)], (n_out,), target=(0,))
+            bias = param_view(index[path_keys(layer.bias)], (n_out,), target=(0,))
         nodes.append(
             NodeGroup(
                 ids[i + 1],
                 n_out,
                 role="output" if is_last else "hidden",
                 level=i + 1,
+                axis=ids[i + 1],
                 activation="none" if is_last else activation,
                 slots=n_out if is_last else 1,
                 bias=bias,
             )
         )
-        view = whole_param(
+        view = param_view(
             index[path_keys(layer.kernel)],
             layer.kernel_shape,
             source=(layer.source_axis,),
@@ -154,7 +156,7 @@ def infer_spec(params: Any, *, activation: str = "relu") -> NeuralGraphSpec:
 
     This is the way to get a spec that *assumes*: layers follow one another in natural order of their names (`Dense_2`
     before `Dense_10`), and a kernel called `kernel` (Flax Linen and NNX) or `w` (Haiku) is `[in, out]`, one called
-    `weight` (Equinox, PyTorch) is `[out, in]`. Dotted PyTorch names in one flat dict are read too. Leaves may be
+    `weight` (Equinox, PyTorch) is `[out, in]`. Flat dicts with dotted names (PyTorch) or slashes are read too. Leaves may be
     abstract (`jax.ShapeDtypeStruct`). Integer and key leaves are left without a home.
 
     Args:
@@ -186,7 +188,12 @@ def infer_spec(params: Any, *, activation: str = "relu") -> NeuralGraphSpec:
                 f"leaf {where} {shape} is not the kernel or bias of a dense layer (expected kernel, w or weight with two "
                 f"axes, bias or b with one); {_ADVICE}"
             )
-        layers.setdefault(tuple(prefix), {})[slot] = (path, leaf)
+        found = layers.setdefault(tuple(map(str, prefix)), {})
+        if slot in found:
+            raise ValueError(
+                f"leaves {format_path(found[slot][0])} and {where} would both be the {slot} of one layer; {_ADVICE}"
+            )
+        found[slot] = (path, leaf)
     chain = [_dense_layer(prefix, layers[prefix]) for prefix in sorted(layers, key=_natural_order)]
     if not chain:
         raise ValueError(f"expected at least one kernel, received none; {_ADVICE}")
@@ -222,13 +229,13 @@ def _dense_layer(prefix: tuple[Any, ...], found: dict[str, tuple[Path, Any]]) ->
 
 
 def _name_parts(path: Path) -> list[Any]:
-    """Names from root to leaf: dotted names taken apart, the `value` of an NNX variable left out."""
+    """Names from root to leaf: names with dots or slashes taken apart, the `value` of an NNX variable left out."""
     steps = list(path)
     if len(steps) > 1 and steps[-1].kind == "attr" and steps[-1].key == "value":
         steps = steps[:-1]
     parts: list[Any] = []
     for step in steps:
-        parts += step.key.split(".") if isinstance(step.key, str) else [step.key]
+        parts += re.split(r"[./]", step.key) if isinstance(step.key, str) else [step.key]
     return parts
 
 

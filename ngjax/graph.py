@@ -8,6 +8,7 @@ in the program.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import jraph
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from ngjax.actions import orbits
 from ngjax.spec import (
     ACTIVATIONS,
     ROLES,
     EdgeGroup,
     NeuralGraphSpec,
+    NodeLayout,
     ParamView,
     format_path,
     pad_kernel_shape,
@@ -73,7 +76,7 @@ class GlobalData(NamedTuple):
       loose: scalars without a place in the graph, in the order of `spec.loose`.
       mask: False for padding graphs; only in edge lists.
       node_index: the nodes of each graph, padded to the budget's `nodes_per_graph`; only in edge lists.
-      probes: values of the output neurons at the learned probe inputs, put there by a model.
+      probes: values of all neurons at the learned probe inputs, put there by a model; `...` never has the graphs.
       token: the class token, put there by NG-T.
       pairs: features of all ordered pairs of nodes, put there by NG-T.
     """
@@ -81,9 +84,12 @@ class GlobalData(NamedTuple):
     loose: Float[Array, "... S F"]
     mask: Bool[Array, " G"] | None = None
     node_index: Int[Array, "G M"] | None = None
-    probes: Float[Array, "... O P"] | None = None
+    probes: Float[Array, "... N P"] | None = None
     token: Float[Array, "... D"] | None = None
     pairs: Float[Array, "... M M C"] | None = None
+
+
+_PER_GRAPH = ("loose", "token", "pairs")  # fields with an axis for the graphs of an edge list
 
 
 class GroupedGraph(NamedTuple):
@@ -120,6 +126,12 @@ def to_groups(spec: NeuralGraphSpec, params: Any, *, feature_axis: bool | None =
       TypeError: a complex leaf, or one that is no array.
     """
     leaves, dtype = _leaves_with_features(spec, params, feature_axis)
+    return _read_groups(spec, leaves, dtype)
+
+
+# Compiled as one program also outside of jit: one operation after the other, the first call takes ten times as long.
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _read_groups(spec: NeuralGraphSpec, leaves: list[Any], dtype: jnp.dtype) -> GroupedGraph:
     lead = next(
         leaf.shape[: leaf.ndim - len(p.shape) - 1]
         for leaf, p in zip(leaves, spec.params, strict=True)
@@ -169,6 +181,34 @@ def to_params(
     """
     grouped = group_graph(spec, graph) if isinstance(graph, jraph.GraphsTuple) else graph
     _check_groups(spec, grouped)
+    num_features = grouped.nodes.shape[-1]
+    keep_features = num_features != 1 if feature_axis is None else feature_axis
+    if num_features != 1 and not keep_features:
+        raise ValueError(f"feature_axis=False needs a graph with one feature, received {num_features}")
+    homeless = next((param for param in spec.params if not param.is_floating), None)
+    if like is None and homeless is not None:
+        raise ValueError(
+            f"parameter {format_path(homeless.path)} is {homeless.dtype} and has no home in the graph: pass like= with a "
+            "pytree that holds it"
+        )
+    given = [None] * len(spec.params) if like is None else spec.flatten(like)
+    mixed = len({param.dtype for param in spec.params if param.is_floating}) > 1
+    dtypes: list[Any] = [leaf.dtype for leaf in given] if like is not None else [p.dtype for p in spec.params]
+    # Without x64 a float64 leaf (of numpy, say) became float32 on its way into JAX, and stays so.
+    kept = tuple(
+        jax.dtypes.canonicalize_dtype(dtype) if p.is_floating and (mixed or like is not None) else None
+        for p, dtype in zip(spec.params, dtypes, strict=True)
+    )
+    leaves = _write_leaves(spec, grouped, keep_features, kept)
+    leaves = [leaf if p.is_floating else old for p, leaf, old in zip(spec.params, leaves, given, strict=True)]
+    return spec.unflatten(leaves, like=like)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _write_leaves(
+    spec: NeuralGraphSpec, grouped: GroupedGraph, keep_features: bool, dtypes: tuple[Any, ...]
+) -> list[Array | None]:
+    """The floating leaves, each of the given dtype (`None` for the graph's), and `None` for the others."""
     lead, num_features = grouped.nodes.shape[:-2], grouped.nodes.shape[-1]
     homes: dict[int, list[tuple[ParamView, Array]]] = {}
     for group in spec.node_groups:
@@ -185,30 +225,12 @@ def to_params(
         homes.setdefault(view.param, []).append((view, grouped.globals.loose[..., start:stop, :]))
         start = stop
 
-    given = None if like is None else spec.flatten(like)
-    dtypes = {param.dtype for param in spec.params if param.is_floating}
-    keep_features = num_features != 1 if feature_axis is None else feature_axis
-    if num_features != 1 and not keep_features:
-        raise ValueError(f"feature_axis=False needs a graph with one feature, received {num_features}")
-    leaves = []
-    for i, param in enumerate(spec.params):
-        if not param.is_floating:
-            if given is None:
-                raise ValueError(
-                    f"parameter {format_path(param.path)} is {param.dtype} and has no home in the graph: pass like= with "
-                    "a pytree that holds it"
-                )
-            leaves.append(given[i])
-            continue
-        leaf = _assemble(homes[i], (*lead, *param.shape, num_features), len(lead))
-        if not keep_features:
-            leaf = leaf[..., 0]
-        if given is not None:
-            leaf = leaf.astype(given[i].dtype)
-        elif len(dtypes) > 1:
-            leaf = leaf.astype(param.dtype)
-        leaves.append(leaf)
-    return spec.unflatten(leaves, like=like)
+    leaves: list[Array | None] = [None] * len(spec.params)
+    for i, parts in homes.items():
+        leaf = _assemble(parts, (*lead, *spec.params[i].shape, num_features), len(lead))
+        leaf = leaf if keep_features else leaf[..., 0]
+        leaves[i] = leaf if dtypes[i] is None else leaf.astype(dtypes[i])
+    return leaves
 
 
 def _leaves_with_features(spec: NeuralGraphSpec, params: Any, feature_axis: bool | None) -> tuple[list[Any], jnp.dtype]:
@@ -224,11 +246,11 @@ def _leaves_with_features(spec: NeuralGraphSpec, params: Any, feature_axis: bool
     has_features = next((r for r in readings if _reading_fits(floating, r)), None)
     if has_features is None:
         _raise_shape_error(floating)
-    leaves = [
-        None if not p.is_floating else jnp.asarray(leaf) if has_features else jnp.asarray(leaf)[..., None]
-        for p, leaf in zip(spec.params, leaves, strict=True)
-    ]
-    return leaves, jnp.result_type(*(leaf.dtype for _, leaf in floating))
+    arrays = [jnp.asarray(leaf) if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)]
+    # Nodes and edges share one dtype that holds all leaves exactly, also for users who forbid such promotions elsewhere.
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*(array.dtype for array in arrays if array is not None))
+    return [a if a is None or has_features else a[..., None] for a in arrays], dtype
 
 
 def _reading_fits(floating: list[tuple[Any, Any]], has_features: bool) -> bool:
@@ -261,8 +283,12 @@ def _read_view(leaf: Array, view: ParamView) -> Array:
     rank = len(view.sizes)
     num_lead = leaf.ndim - rank - 1
     lead, features = leaf.shape[:num_lead], leaf.shape[-1]
-    window = tuple(slice(a, a + n) for a, n in zip(view.starts, view.sizes, strict=True))
-    block = leaf[(..., *window, slice(None))].reshape(*lead, *view.factors, features)
+    window = tuple(slice(a, a + n) if view.is_slice(i) else slice(None) for i, (a, n) in enumerate(_window(view)))
+    block = leaf[(..., *window, slice(None))]
+    for axis in range(rank):
+        if not view.is_slice(axis):
+            block = jnp.take(block, view.places(axis), axis=num_lead + axis)
+    block = block.reshape(*lead, *view.factors, features)
     order = _factor_order(view)
     block = block.transpose(*range(num_lead), *(num_lead + i for i in order), num_lead + len(order))
     return block.reshape(*lead, *view.shape, features)
@@ -278,6 +304,11 @@ def _write_view(block: Array, view: ParamView, num_lead: int) -> Array:
     return block.reshape(*lead, *view.sizes, features)
 
 
+def _window(view: ParamView) -> list[tuple[int, int]]:
+    """Start and size along each axis of the parameter."""
+    return list(zip(view.starts, view.sizes, strict=True))
+
+
 def _factor_order(view: ParamView) -> list[int]:
     used = [*view.block, *view.source, *view.target, *view.kernel]
     unused = [i for i in range(len(view.factors)) if i not in used]  # of length one
@@ -290,8 +321,12 @@ def _assemble(parts: list[tuple[ParamView, Array]], shape: tuple[int, ...], num_
         return blocks[0][1].reshape(shape)
     leaf = jnp.zeros(shape, blocks[0][1].dtype)
     for view, block in blocks:
-        start = (0,) * num_lead + view.starts + (0,)
-        leaf = jax.lax.dynamic_update_slice(leaf, block, start)
+        axes = range(len(view.sizes))
+        if all(view.is_slice(axis) for axis in axes):
+            leaf = jax.lax.dynamic_update_slice(leaf, block, (0,) * num_lead + view.starts + (0,))
+        else:
+            places = np.ix_(*(view.places(axis) for axis in axes))
+            leaf = leaf.at[(*[slice(None)] * num_lead, *places)].set(block)
     return leaf
 
 
@@ -317,20 +352,26 @@ def to_graph(spec: NeuralGraphSpec, params: Any, *, feature_axis: bool | None = 
     return flatten_groups(spec, to_groups(spec, params, feature_axis=feature_axis))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def flatten_groups(spec: NeuralGraphSpec, grouped: GroupedGraph) -> jraph.GraphsTuple:
     """The edge list of a grouped graph: edge groups in the spec's order, each row-major in (block, source, target)."""
     num_nodes, num_edges = spec.num_nodes, spec.num_edges
     grid = spec.kernel_grid
     lead = grouped.nodes.shape[:-2]
     num_features = grouped.edges[0].shape[-1] if grouped.edges else grouped.nodes.shape[-1]
+    one_per_edge = all(array.shape[-2] == 1 for array in grouped.edges)  # a model's features, whatever the kernels
     flat, masks, senders, receivers = [], [], [], []
     for group, array in zip(spec.edge_groups, grouped.edges, strict=True):
         size = spec.edge_group_size(group)
         kernel = pad_kernel_shape(group.kernel_shape)
-        padding = _kernel_padding(kernel, grid)
-        block = array.reshape(*lead, size, *kernel, num_features)
-        block = jnp.pad(block, [(0, 0)] * (len(lead) + 1) + padding + [(0, 0)])
-        flat.append(block.reshape(*lead, size, math.prod(grid), num_features))
+        padding = kernel_padding(kernel, grid)
+        if one_per_edge:
+            block = array.reshape(*lead, size, 1, num_features)
+        else:
+            block = array.reshape(*lead, size, *kernel, num_features)
+            block = jnp.pad(block, [(0, 0)] * (len(lead) + 1) + padding + [(0, 0)])
+            block = block.reshape(*lead, size, math.prod(grid), num_features)
+        flat.append(block)
         valid = jnp.pad(jnp.ones(kernel, bool), padding).reshape(1, -1)
         masks.append(jnp.broadcast_to(valid, (size, math.prod(grid))))
         source, target = _edge_ends(spec, group)
@@ -349,7 +390,7 @@ def flatten_groups(spec: NeuralGraphSpec, grouped: GroupedGraph) -> jraph.Graphs
         offsets=kernel_offsets(grid),
     )
     per_graph = {
-        name: None if value is None else jnp.expand_dims(value, len(lead))
+        name: jnp.expand_dims(value, len(lead)) if name in _PER_GRAPH and value is not None else value
         for name, value in grouped.globals._asdict().items()
     }
     per_graph["mask"] = jnp.ones(1, bool)
@@ -365,6 +406,7 @@ def flatten_groups(spec: NeuralGraphSpec, grouped: GroupedGraph) -> jraph.Graphs
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def group_graph(spec: NeuralGraphSpec, graph: jraph.GraphsTuple) -> GroupedGraph:
     """The inverse of `flatten_groups`, for one graph of this architecture with any leading batch axes.
 
@@ -377,7 +419,7 @@ def group_graph(spec: NeuralGraphSpec, graph: jraph.GraphsTuple) -> GroupedGraph
         nodes.shape[-2] != spec.num_nodes
         or features.shape[-3] != spec.num_edges
         or grid != spec.kernel_grid
-        or features.shape[-2] != math.prod(grid)
+        or features.shape[-2] not in (1, math.prod(grid))
     ):
         raise ValueError(
             f"the graph is of another architecture (or a batch of several): expected {spec.num_nodes} nodes, "
@@ -390,16 +432,18 @@ def group_graph(spec: NeuralGraphSpec, graph: jraph.GraphsTuple) -> GroupedGraph
         stop = start + spec.edge_group_size(group)
         kernel = pad_kernel_shape(group.kernel_shape)
         window = tuple(
-            slice(before, before + k) for (before, _), k in zip(_kernel_padding(kernel, grid), kernel, strict=True)
+            slice(before, before + k) for (before, _), k in zip(kernel_padding(kernel, grid), kernel, strict=True)
         )
-        block = features[..., start:stop, :, :].reshape(*lead, stop - start, *grid, num_features)
-        block = block[(..., *window, slice(None))]
+        block = features[..., start:stop, :, :]
+        if features.shape[-2] != 1:  # else one vector per edge, a model's features
+            block = block.reshape(*lead, stop - start, *grid, num_features)[(..., *window, slice(None))]
         edges.append(block.reshape(*lead, *spec.edge_block_shape(group), -1, num_features))
         start = stop
     per_graph = {
-        name: None if value is None or name in ("mask", "node_index") else jnp.squeeze(value, axis=len(lead))
+        name: jnp.squeeze(value, axis=len(lead)) if name in _PER_GRAPH and value is not None else value
         for name, value in graph.globals._asdict().items()
     }
+    per_graph |= {"mask": None, "node_index": None}
     return GroupedGraph(nodes, tuple(edges), GlobalData(**per_graph))
 
 
@@ -408,7 +452,6 @@ def node_fields(spec: NeuralGraphSpec) -> dict[str, Int[Array, " N"]]:
     columns: dict[str, list[Array]] = {name: [] for name in ("role", "group", "position", "activation", "level")}
     for i, group in enumerate(spec.node_groups):
         base = spec.position_bases[group.name]
-        step = 0 if group.slots == 1 else 1
         constants = {
             "role": ROLES.index(group.role),
             "group": i,
@@ -417,7 +460,8 @@ def node_fields(spec: NeuralGraphSpec) -> dict[str, Int[Array, " N"]]:
         }
         for name, value in constants.items():
             columns[name].append(jnp.full(group.size, value, jnp.int32))
-        columns["position"].append(base + step * jnp.arange(group.size, dtype=jnp.int32))
+        slot = jnp.zeros(group.size, jnp.int32) if group.slots == 1 else jnp.asarray(orbits(spec.action, group.axis))
+        columns["position"].append(base + slot)
     return {name: jnp.concatenate(parts) for name, parts in columns.items()}
 
 
@@ -427,7 +471,7 @@ def kernel_offsets(grid: tuple[int, int, int]) -> Int[Array, "Kz Ky Kx 3"]:
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)
 
 
-def _kernel_padding(kernel: tuple[int, ...], grid: tuple[int, ...]) -> list[tuple[int, int]]:
+def kernel_padding(kernel: tuple[int, ...], grid: tuple[int, ...]) -> list[tuple[int, int]]:
     """Zeros before and after a kernel that put its centre on the grid's."""
     before = [g // 2 - k // 2 for k, g in zip(kernel, grid, strict=True)]
     return [(b, g - k - b) for b, k, g in zip(before, kernel, grid, strict=True)]
@@ -435,7 +479,35 @@ def _kernel_padding(kernel: tuple[int, ...], grid: tuple[int, ...]) -> list[tupl
 
 def _edge_ends(spec: NeuralGraphSpec, group: EdgeGroup) -> tuple[Int[Array, " E"], Int[Array, " E"]]:
     shape = spec.edge_block_shape(group)
-    block, i, o = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    source = spec.node_slices[group.source].start + block * shape[1] + i
-    target = spec.node_slices[group.target].start + block * shape[2] + o
-    return source.reshape(-1), target.reshape(-1)
+    places = []
+    for name, layout, axis in ((group.source, group.source_layout, -1), (group.target, group.target_layout, -2)):
+        nodes = spec.node_slices[name].start + jnp.arange(spec.node_group[name].size, dtype=jnp.int32)
+        blocks = split_nodes(nodes[:, None], group.blocks, layout)[..., 0]
+        places.append(jnp.broadcast_to(jnp.expand_dims(blocks, axis), shape).reshape(-1))
+    return places[0], places[1]
+
+
+def split_nodes(
+    nodes: Shaped[Array, "... n d"], blocks: int, layout: NodeLayout | None = None
+) -> Shaped[Array, "... blocks m d"]:
+    """The nodes of one group as an edge group's `[..., blocks, neurons of a block, d]`."""
+    if layout is not None:
+        lead, order = nodes.ndim - 2, (*layout.block, *layout.rest)
+        nodes = nodes.reshape(*nodes.shape[:-2], *layout.splits, nodes.shape[-1])
+        nodes = nodes.transpose(*range(lead), *(lead + i for i in order), nodes.ndim - 1)
+        nodes = nodes.reshape(*nodes.shape[:lead], -1, nodes.shape[-1])
+    return nodes.reshape(*nodes.shape[:-2], blocks, nodes.shape[-2] // blocks, nodes.shape[-1])
+
+
+def join_nodes(
+    blocked: Shaped[Array, "... blocks m d"], layout: NodeLayout | None = None
+) -> Shaped[Array, "... n d"]:
+    """The inverse of `split_nodes`."""
+    *lead, blocks, size, width = blocked.shape
+    if layout is None:
+        return blocked.reshape(*lead, blocks * size, width)
+    order = [*layout.block, *layout.rest]
+    factors = blocked.reshape(*lead, *(layout.splits[i] for i in order), width)
+    inverse = [len(lead) + order.index(i) for i in range(len(order))]
+    factors = factors.transpose(*range(len(lead)), *inverse, factors.ndim - 1)
+    return factors.reshape(*lead, blocks * size, width)

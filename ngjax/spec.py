@@ -6,13 +6,13 @@ shuffled. It holds no arrays, is hashable and equal by value, so it can be a sta
 
 Two small languages make this up:
 
-* A `ParamView` reads a rectangular block of one parameter as `[blocks, source, target, kernel]`. Dense layers have one
-  block; diagonal connections (normalization scales, residuals, depthwise kernels) have as many blocks as neurons and
-  one source and one target in each; grouped layers are in between.
-* An `AxisAction` says how one axis moves. Independent permutations are the letters; `product` (heads x inner dimension,
-  channels x positions, groups x channels of a group) and `concat` (DenseNet features, fused query/key/value, gates)
-  build words from them. A permutation may differ from place to place along another axis (`per`): the inner dimension of
-  each head, the channels of each group, each slice of a stacked weight.
+* A `ParamView` reads a block of one parameter as `[blocks, source, target, kernel]`. Dense layers have one block;
+  diagonal connections (normalization scales, residuals, depthwise kernels) have as many blocks as neurons and one
+  source and one target in each; grouped layers are in between.
+* An `AxisAction` (`ngjax.actions`) says how one axis of a parameter, or the neurons of a node group, move.
+
+The two have to agree: permuting the weights must be the same as permuting the nodes of the graph, because this is what
+makes a graph network that reads the graph equivariant. The constructor checks it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,25 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ngjax.actions import (
+    AxisAction,
+    check_actions,
+    check_neighbours,
+    dependencies,
+    index_array,
+    is_free,
+    letters,
+    neighbours,
+    old_places,
+    orbits,
+)
 
 Role = Literal["input", "hidden", "output"]
 ROLES: tuple[Role, ...] = ("input", "hidden", "output")
@@ -85,15 +99,25 @@ class ParamSpec(NamedTuple):
 
     @property
     def is_floating(self) -> bool:
-        return bool(jnp.issubdtype(self.dtype, jnp.floating))
+        return _is_dtype(self.dtype, jnp.floating)
+
+
+def _is_dtype(dtype: str, kind: Any) -> bool:
+    # The dtypes of random keys have names, but not such that numpy knows.
+    return not dtype.startswith("key<") and bool(jnp.issubdtype(dtype, kind))
 
 
 class ParamView(NamedTuple):
-    """A rectangular block of parameter number `param`, read as `[blocks, source, target, kernel]`.
+    """A block of parameter number `param`, read as `[blocks, source, target, kernel]`.
 
-    The block starts at `starts` and has `sizes`; each axis is split into factors (`splits`, row-major), numbered through
-    all axes; `block`, `source`, `target` and `kernel` list the factors that make up each of the four axes of the view, in
-    order. Factors named nowhere have size one.
+    Attributes:
+      param: number of the parameter in the spec.
+      starts, sizes: first place along each axis, and how many places of it are in the block.
+      splits: factors of each axis; their product is its size.
+      block, source, target, kernel: the factors, numbered through all axes, that make up each of the four axes of the
+        view, in order. Factors named nowhere have size one.
+      strides: for each axis the distance between neighbours along each factor, where the places are not one after the
+        other in row-major order (query, key and value interleaved in each head); `()` where they are on all axes.
     """
 
     param: int
@@ -104,6 +128,7 @@ class ParamView(NamedTuple):
     source: tuple[int, ...] = ()
     target: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
+    strides: tuple[tuple[int, ...], ...] = ()
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -122,8 +147,24 @@ class ParamView(NamedTuple):
         )
         return block, source, target, kernel
 
+    def is_slice(self, axis: int) -> bool:
+        """Whether the view's places along an axis of the parameter follow one another."""
+        if not self.strides:
+            return True
+        split = self.splits[axis]
+        row_major = [math.prod(split[i + 1 :]) for i in range(len(split))]
+        return all(n == 1 or a == b for n, a, b in zip(split, self.strides[axis], row_major, strict=True))
 
-def whole_param(
+    def places(self, axis: int) -> np.ndarray:
+        """The view's places along an axis of the parameter, `[size]`, in row-major order of the axis' factors."""
+        split = self.splits[axis]
+        if self.is_slice(axis):
+            return np.arange(self.starts[axis], self.starts[axis] + math.prod(split))
+        coordinates = np.indices(split).reshape(len(split), -1)
+        return self.starts[axis] + np.array(self.strides[axis]) @ coordinates
+
+
+def param_view(
     param: int,
     shape: Sequence[int],
     *,
@@ -131,18 +172,30 @@ def whole_param(
     source: Iterable[int] = (),
     target: Iterable[int] = (),
     kernel: Iterable[int] = (),
+    starts: Mapping[int, int] | None = None,
+    splits: Mapping[int, Sequence[int]] | None = None,
+    strides: Mapping[int, Sequence[int]] | None = None,
 ) -> ParamView:
-    """The view of a whole parameter whose axes are used unsplit."""
-    shape = tuple(shape)
+    """The view of a parameter that uses its axes whole and unsplit, except those named in the mappings.
+
+    An axis with a `starts` and without `splits` is used from there to its end; factors are numbered after splitting.
+    """
+    starts, splits, strides = starts or {}, splits or {}, strides or {}
+    factors = tuple(tuple(splits.get(axis, (n - starts.get(axis, 0),))) for axis, n in enumerate(shape))
+    steps = tuple(
+        tuple(strides.get(axis, [math.prod(split[i + 1 :]) for i in range(len(split))]))
+        for axis, split in enumerate(factors)
+    )
     return ParamView(
         param,
-        starts=(0,) * len(shape),
-        sizes=shape,
-        splits=tuple((n,) for n in shape),
+        starts=tuple(starts.get(axis, 0) for axis in range(len(factors))),
+        sizes=tuple(math.prod(split) for split in factors),
+        splits=factors,
         block=tuple(block),
         source=tuple(source),
         target=tuple(target),
         kernel=tuple(kernel),
+        strides=steps if strides else (),
     )
 
 
@@ -154,8 +207,10 @@ class NodeGroup(NamedTuple):
       size: number of neurons.
       role: inputs and outputs keep their order, hidden neurons are exchangeable.
       level: depth in the network; inputs have level 0.
+      axis: id of the action by which the neurons move.
       activation: one of `ACTIVATIONS`, applied to the neurons' values.
-      slots: position embeddings the group uses: `size` (each neuron its own) or 1 (one shared by the group).
+      slots: position embeddings the group uses: 1 (shared by the group), or one for each set of neurons that may change
+        places with one another (`ngjax.actions.orbits`): for neurons that are pinned, each its own.
       bias: the parameter that gives the node feature, `None` for a feature of zero.
     """
 
@@ -163,9 +218,27 @@ class NodeGroup(NamedTuple):
     size: int
     role: Role
     level: int
+    axis: str
     activation: str = "none"
     slots: int = 1
     bias: ParamView | None = None
+
+
+class NodeLayout(NamedTuple):
+    """How the neurons of a group are read as `[blocks, neurons of a block]` where they do not lie block by block.
+
+    The neurons are split into factors (row-major); those in `block`, in order, number the blocks, and the others, in
+    order, the neurons of a block. Example: the values `[key heads, dim]` that queries share go one to one to the heads'
+    outputs `[key heads, queries, dim]`, whose blocks are `(0, 2)`.
+    """
+
+    splits: tuple[int, ...]
+    block: tuple[int, ...]
+
+    @property
+    def rest(self) -> tuple[int, ...]:
+        """The factors that number the neurons of a block."""
+        return tuple(i for i in range(len(self.splits)) if i not in self.block)
 
 
 class EdgeGroup(NamedTuple):
@@ -174,10 +247,12 @@ class EdgeGroup(NamedTuple):
     Attributes:
       name: unique name.
       source, target: names of node groups.
-      blocks: 1 for dense (every pair), the group's size for diagonal (one to one), the number of groups for grouped.
+      blocks: 1 for dense (every pair), the group's size for diagonal (one to one), the number of groups for grouped;
+        the neurons of one block are joined to one another.
       view: the parameter, or `None` for a connection without one (a residual), whose weight is `constant`.
       constant: the weight of every edge where there is no parameter.
       mirror: a later use of a parameter that already has its home; read into graphs, never written back.
+      source_layout, target_layout: which neurons make up a block, where they do not follow one another.
     """
 
     name: str
@@ -187,6 +262,8 @@ class EdgeGroup(NamedTuple):
     view: ParamView | None = None
     constant: float = 1.0
     mirror: bool = False
+    source_layout: NodeLayout | None = None
+    target_layout: NodeLayout | None = None
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -195,43 +272,6 @@ class EdgeGroup(NamedTuple):
     @property
     def kernel_size(self) -> int:
         return math.prod(self.kernel_shape)
-
-
-class AxisAction(NamedTuple):
-    """How an axis moves under a permutation of neurons.
-
-    Kinds: `permutation` (an independent one), `fixed` (pinned; `reason` says by what), `product` (the axis is the
-    row-major product of `parts`) and `concat` (`parts` one after the other). `per` names the ids on whose place the
-    permutation depends; products bind the places of their earlier parts, everything else is bound by the other axes of
-    the parameter.
-    """
-
-    id: str
-    size: int
-    kind: Literal["permutation", "fixed", "product", "concat"]
-    parts: tuple[str, ...] = ()
-    per: tuple[str, ...] = ()
-    reason: str = ""
-
-
-def permutation(id: str, size: int, *, per: Iterable[str] = ()) -> AxisAction:
-    """An independent permutation of `size` neurons, one for each place along the axes `per`."""
-    return AxisAction(id, size, "permutation", per=tuple(per))
-
-
-def fixed(id: str, size: int, reason: str) -> AxisAction:
-    """An axis that nothing moves, and why."""
-    return AxisAction(id, size, "fixed", reason=reason)
-
-
-def product(id: str, parts: Sequence[AxisAction]) -> AxisAction:
-    """The row-major product of the parts' axes."""
-    return AxisAction(id, math.prod(p.size for p in parts), "product", parts=tuple(p.id for p in parts))
-
-
-def concat(id: str, parts: Sequence[AxisAction]) -> AxisAction:
-    """The parts' axes one after the other; a part may come several times and then moves the same way each time."""
-    return AxisAction(id, sum(p.size for p in parts), "concat", parts=tuple(p.id for p in parts))
 
 
 class AxisIds(tuple):
@@ -262,8 +302,8 @@ class NeuralGraphSpec:
       params: the leaves of the pytree, in `jax.tree` order.
       node_groups: inputs first, outputs last, levels not decreasing in between.
       edge_groups: in order of the edge list.
-      actions: how axes move; every id that `params` or other actions name.
-      loose: scalars with no place in the graph (temperatures, tables), in path order.
+      actions: how axes move; every id that `params`, node groups and later actions name.
+      loose: scalars with no place in the graph (temperatures, tables), in the order of `params`. Nothing moves them.
       treedef: how to rebuild the pytree; left out of equality, and rebuilt from the paths when missing.
     """
 
@@ -275,11 +315,12 @@ class NeuralGraphSpec:
     treedef: jax.tree_util.PyTreeDef | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_actions(self.actions)
         _check_params(self)
-        _check_actions(self)
         _check_nodes(self)
         _check_edges(self)
         _check_homes(self)
+        _check_moves(self)
 
     def __hash__(self) -> int:
         return self._hash
@@ -322,6 +363,15 @@ class NeuralGraphSpec:
         source, target = self.node_group[group.source].size, self.node_group[group.target].size
         return group.blocks, source // group.blocks, target // group.blocks
 
+    def block_places(self, group: EdgeGroup, end: Literal["source", "target"]) -> np.ndarray:
+        """Places of an edge group's source or target neurons within their node group, `[blocks, neurons of a block]`."""
+        nodes = self.node_group[getattr(group, end)]
+        layout: NodeLayout | None = getattr(group, f"{end}_layout")
+        places = np.arange(nodes.size, dtype=np.int32)
+        if layout is not None:
+            places = places.reshape(layout.splits).transpose(*layout.block, *layout.rest)
+        return places.reshape(group.blocks, -1)
+
     def edge_group_size(self, group: EdgeGroup) -> int:
         """Number of edges of the group."""
         return math.prod(self.edge_block_shape(group))
@@ -351,10 +401,7 @@ class NeuralGraphSpec:
 
     def is_free(self, id: str) -> bool:
         """Whether anything moves along an axis with this id."""
-        action = self.action[id]
-        if action.kind in ("product", "concat"):
-            return any(self.is_free(part) for part in action.parts)
-        return action.kind == "permutation"
+        return is_free(self.action, id)
 
     @functools.cached_property
     def symmetry(self) -> Any:
@@ -364,18 +411,21 @@ class NeuralGraphSpec:
 
     @functools.cached_property
     def pinned(self) -> tuple[PinnedAxes, ...]:
-        """Ids that cannot move, with the axes that carry them and what pinned them."""
+        """Ids that cannot move, with the axes that carry them and what pinned them.
+
+        An axis that moves in part (a concatenation of free and pinned features) is listed with its pinned parts.
+        """
         axes: dict[str, list[tuple[str, int]]] = {}
         for param in self.params:
             for axis, id in enumerate(param.axes):
-                if not self.is_free(id):
-                    axes.setdefault(id, []).append((format_path(param.path), axis))
-        return tuple(PinnedAxes(id, self._pinned_reason(id), tuple(where)) for id, where in axes.items())
-
-    def _pinned_reason(self, id: str) -> str:
-        action = self.action[id]
-        reasons = [action.reason, *(self._pinned_reason(part) for part in action.parts)]
-        return ", ".join(dict.fromkeys(reason for reason in reasons if reason))
+                ids = [d for d in letters(self.action, id) if not self.is_free(d)] if self.is_free(id) else [id]
+                for pinned in ids:
+                    axes.setdefault(pinned, []).append((format_path(param.path), axis))
+        reasons = {id: [self.action[letter].reason for letter in letters(self.action, id)] for id in axes}
+        return tuple(
+            PinnedAxes(id, ", ".join(dict.fromkeys(filter(None, reasons[id]))), tuple(where))
+            for id, where in axes.items()
+        )
 
     # -- pytrees ----------------------------------------------------------------------------------------------------
 
@@ -524,8 +574,8 @@ def _nest(paths: Sequence[Path], leaves: Sequence[Any]) -> Any:
     kinds = {path[0].kind for path in paths}
     if kinds == {"attr"} or len(kinds) > 1:
         raise ValueError(
-            f"the tree holds an object with attribute {paths[0][0].key!r}, which only its own class can rebuild: "
-            "pass like= with a pytree of that class"
+            f"the tree holds an object with {paths[0][0].key!r} in it, which only its own class can rebuild: pass like= "
+            "with a pytree of that class"
         )
     children: dict[Any, list[int]] = {}
     for i, path in enumerate(paths):
@@ -536,6 +586,11 @@ def _nest(paths: Sequence[Path], leaves: Sequence[Any]) -> Any:
     kind = kinds.pop()
     if kind == "dict":
         return built
+    if sorted(built) != list(range(len(built))):
+        raise ValueError(
+            f"the tree holds a {kind} with leaves at {sorted(built)} and something without leaves between them: pass like= "
+            "with such a tree"
+        )
     ordered = [built[key] for key in sorted(built)]
     return ordered if kind == "list" else tuple(ordered)
 
@@ -544,37 +599,29 @@ def _nest(paths: Sequence[Path], leaves: Sequence[Any]) -> Any:
 
 
 def _check_params(spec: NeuralGraphSpec) -> None:
+    action = spec.action
     for param in spec.params:
-        where = format_path(param.path)
-        if jnp.issubdtype(param.dtype, jnp.complexfloating):
+        where = f"parameter {format_path(param.path)}"
+        if _is_dtype(param.dtype, jnp.complexfloating):
             raise TypeError(
-                f"parameter {where} is {param.dtype}: complex weights have no place in a neural graph; "
-                "split them into real and imaginary leaves"
+                f"{where} is {param.dtype}: complex weights have no place in a neural graph; split them into real and "
+                "imaginary leaves"
             )
         if param.is_floating and len(param.axes) != len(param.shape):
-            raise ValueError(f"parameter {where}: {len(param.axes)} axis ids for shape {param.shape}")
-
-
-def _check_actions(spec: NeuralGraphSpec) -> None:
-    action = spec.action
-    if len(action) != len(spec.actions):
-        raise ValueError("two actions share one id")
-    for item in spec.actions:
-        unknown = [id for id in (*item.parts, *item.per) if id not in action]
-        if unknown:
-            raise ValueError(f"action {item.id!r} names unknown ids {unknown}")
-        sizes = [action[part].size for part in item.parts]
-        expected = {"product": math.prod(sizes), "concat": sum(sizes)}.get(item.kind, item.size)
-        if expected != item.size:
-            raise ValueError(f"action {item.id!r} ({item.kind}) has size {item.size}, but its parts make {expected}")
-    for param in spec.params:
+            raise ValueError(f"{where}: {len(param.axes)} axis ids for shape {param.shape}")
         for axis, id in enumerate(param.axes):
             if id not in action or action[id].size != param.shape[axis]:
                 received = f"an action of size {action[id].size}" if id in action else "no action"
                 raise ValueError(
-                    f"parameter {format_path(param.path)}, axis {axis}: expected an action of size {param.shape[axis]}, "
-                    f"received {received} for id {id!r}"
+                    f"{where}, axis {axis}: expected an action of size {param.shape[axis]}, received {received} for id "
+                    f"{id!r}"
                 )
+        try:
+            check_neighbours(action, param.axes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    if not any(param.is_floating for param in spec.params):
+        raise ValueError("a neural graph needs at least one floating parameter")
 
 
 def _check_nodes(spec: NeuralGraphSpec) -> None:
@@ -583,11 +630,27 @@ def _check_nodes(spec: NeuralGraphSpec) -> None:
     roles = [ROLES.index(group.role) for group in spec.node_groups]
     if roles != sorted(roles):
         raise ValueError("node groups must be in the order inputs, hidden, outputs")
+    levels = [group.level for group in spec.node_groups if group.role == "hidden"]
+    if levels != sorted(levels) or any((group.level == 0) != (group.role == "input") for group in spec.node_groups):
+        raise ValueError("levels must be 0 for inputs, positive for others and not decrease from one hidden group to the next")
     for group in spec.node_groups:
-        check_activation(group.activation)
-        if group.slots not in (1, group.size):
+        where = f"node group {group.name!r}"
+        try:
+            check_activation(group.activation)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if group.axis not in spec.action or spec.action[group.axis].size != group.size:
+            raise ValueError(f"{where}: expected the id of an action of size {group.size}, received {group.axis!r}")
+        needed = dependencies(spec.action, group.axis)
+        if needed:
+            raise ValueError(f"{where}: its action {group.axis!r} depends on {needed[0]}, which is not part of it")
+        if group.role != "hidden" and spec.is_free(group.axis):
+            raise ValueError(f"{where}: {group.role} neurons keep their order, but the action {group.axis!r} is free")
+        num_orbits = int(orbits(spec.action, group.axis).max()) + 1
+        if group.slots not in (1, num_orbits):
             raise ValueError(
-                f"node group {group.name!r}: slots must be 1 or its size {group.size}, received {group.slots}"
+                f"{where}: neurons that may change places share a position slot; expected slots of 1 or {num_orbits}, "
+                f"received {group.slots}"
             )
         if group.bias is not None:
             _check_view(spec, group.bias, f"bias of {group.name!r}", (1, 1, group.size, 1))
@@ -604,10 +667,24 @@ def _check_edges(spec: NeuralGraphSpec) -> None:
                     f"edge group {group.name!r}: {group.blocks} blocks do not divide the "
                     f"{spec.node_group[name].size} neurons of {name!r}"
                 )
+        for name, layout in ((group.source, group.source_layout), (group.target, group.target_layout)):
+            _check_layout(spec, group, spec.node_group[name], layout)
         if group.view is not None:
             expected = (*spec.edge_block_shape(group), group.kernel_size)
             _check_view(spec, group.view, f"edge group {group.name!r}", expected)
         pad_kernel_shape(group.kernel_shape)
+
+
+def _check_layout(spec: NeuralGraphSpec, group: EdgeGroup, nodes: NodeGroup, layout: NodeLayout | None) -> None:
+    if layout is None:
+        return
+    numbered = len(set(layout.block)) == len(layout.block) and set(layout.block) <= set(range(len(layout.splits)))
+    blocks = math.prod(layout.splits[i] for i in layout.block) if numbered else 0
+    if math.prod(layout.splits) != nodes.size or blocks != group.blocks:
+        raise ValueError(
+            f"edge group {group.name!r}: {layout} does not make {group.blocks} blocks of the {nodes.size} neurons of "
+            f"{nodes.name!r}"
+        )
 
 
 def _check_view(spec: NeuralGraphSpec, view: ParamView, where: str, expected: tuple[int, int, int, int]) -> None:
@@ -619,15 +696,24 @@ def _check_view(spec: NeuralGraphSpec, view: ParamView, where: str, expected: tu
         raise ValueError(f"{where}: parameter {name} is {param.dtype}, only floating leaves have a home")
     if not len(view.starts) == len(view.sizes) == len(view.splits) == len(param.shape):
         raise ValueError(f"{where}: the view of {name} does not have one entry per axis of {param.shape}")
-    for start, size, split, length in zip(view.starts, view.sizes, view.splits, param.shape, strict=True):
-        if start < 0 or start + size > length or math.prod(split) != size:
+    if view.strides and (
+        [len(steps) for steps in view.strides] != [len(split) for split in view.splits]
+        or min(itertools.chain(*view.strides), default=1) < 1
+    ):
+        raise ValueError(f"{where}: the view of {name} does not have one positive stride per factor")
+    for axis, length in enumerate(param.shape):
+        fits = min(view.splits[axis], default=1) > 0 and math.prod(view.splits[axis]) == view.sizes[axis]
+        places = view.places(axis) if fits else np.zeros(0)
+        if not fits or places.min() < 0 or places.max() >= length or len(np.unique(places)) != len(places):
             raise ValueError(
                 f"{where}: block {view.starts} + {view.sizes} split as {view.splits} does not fit {name} {param.shape}"
             )
     used = [*view.block, *view.source, *view.target, *view.kernel]
     factors = view.factors
-    if len(set(used)) != len(used) or any(n != 1 for i, n in enumerate(factors) if i not in used):
-        raise ValueError(f"{where}: every factor of {name} longer than one must be used exactly once")
+    if len(set(used)) != len(used) or not set(used) <= set(range(len(factors))):
+        raise ValueError(f"{where}: {name} has {len(factors)} factors, of which each may be used once; received {used}")
+    if any(n != 1 for i, n in enumerate(factors) if i not in used):
+        raise ValueError(f"{where}: every factor of {name} longer than one must be used")
     if view.shape != expected:
         raise ValueError(
             f"{where}: expected [blocks, source, target, kernel] = {expected}, but {name} gives {view.shape}"
@@ -635,6 +721,8 @@ def _check_view(spec: NeuralGraphSpec, view: ParamView, where: str, expected: tu
 
 
 def _check_homes(spec: NeuralGraphSpec) -> None:
+    if [view.param for view in spec.loose] != sorted(view.param for view in spec.loose):
+        raise ValueError("loose scalars must be in the order of the parameters")
     for view in spec.loose:
         _check_view(spec, view, "loose scalars", (1, 1, math.prod(view.sizes), 1))
     homes: dict[int, list[ParamView]] = {}
@@ -659,7 +747,92 @@ def _home_views(spec: NeuralGraphSpec) -> list[ParamView]:
 
 
 def _overlap(a: ParamView, b: ParamView) -> bool:
-    return all(max(i, j) < min(i + m, j + n) for i, m, j, n in zip(a.starts, a.sizes, b.starts, b.sizes, strict=True))
+    """Whether two views of the same parameter share a scalar: whether they do along every axis."""
+    for axis in range(len(a.sizes)):
+        ours, theirs = a.places(axis), b.places(axis)
+        if max(ours[0], theirs[0]) > min(ours[-1], theirs[-1]) or not np.isin(ours, theirs).any():
+            return False
+    return True
+
+
+def _check_moves(spec: NeuralGraphSpec, draws: int = 2, samples: int = 512) -> None:
+    """Permuting the axes of the parameters must be the same as permuting nodes: tried on random permutations."""
+    rng = np.random.default_rng(0)
+    for _ in range(draws):
+        perms = {}
+        for action in spec.actions:
+            if action.kind == "permutation":
+                shape = (*(spec.action[id].size for id in action.per), action.size)
+                perms[action.id] = rng.permuted(np.broadcast_to(np.arange(action.size, dtype=np.int32), shape), axis=-1)
+        if not perms:
+            return
+        nodes = {group.name: index_array(spec.action, perms, group.axis) for group in spec.node_groups}
+        for node_group in spec.node_groups:
+            if node_group.bias is not None:
+                places = _sample(rng, node_group.bias.shape, samples)
+                expected = (*places[:2], nodes[node_group.name][places[2]], places[3])
+                _check_entries(spec, perms, node_group.bias, places, expected, f"the neurons of {node_group.name!r}")
+        for group in spec.edge_groups:
+            source, target = (spec.block_places(group, end) for end in ("source", "target"))
+            places = _sample(rng, (*spec.edge_block_shape(group), group.kernel_size), samples)
+            b, i, o, k = places
+            b_source, i = _find(source, nodes[group.source][source[b, i]])
+            b_target, o = _find(target, nodes[group.target][target[b, o]])
+            ends = f"the neurons of {group.source!r} and {group.target!r}"
+            if (b_source != b_target).any():
+                raise ValueError(f"edge group {group.name!r}: {ends} do not move so that its blocks stay together")
+            if group.view is not None:
+                _check_entries(spec, perms, group.view, places, (b_source, i, o, k), ends)
+        for view in spec.loose:
+            places = _sample(rng, view.shape, samples)
+            _check_entries(spec, perms, view, places, places, "loose scalars, which stay in place,")
+
+
+Places = tuple[np.ndarray, ...]
+
+
+def _sample(rng: np.random.Generator, shape: tuple[int, ...], samples: int) -> Places:
+    """Coordinates of all entries of an array, or of some."""
+    total = math.prod(shape)
+    flat = np.arange(total) if total <= samples else rng.integers(total, size=samples)
+    return tuple(coordinate.astype(np.int32) for coordinate in np.unravel_index(flat, shape))
+
+
+def _find(table: np.ndarray, values: np.ndarray) -> Places:
+    """Coordinates of `values` in a table that holds each number below its size once."""
+    return np.unravel_index(np.argsort(table, axis=None)[values], table.shape)
+
+
+def _check_entries(
+    spec: NeuralGraphSpec, perms: dict[str, np.ndarray], view: ParamView, new: Places, old: Places, who: str
+) -> None:
+    """Raises where what stands at `new` places of a view comes from others than `old`."""
+    param = spec.params[view.param]
+    new_entry, old_entry = _param_places(view, new), _param_places(view, old)
+    for axis, id in enumerate(param.axes):
+        around = neighbours(spec.action, param.axes, new_entry, axis)
+        moved = old_places(spec.action, perms, id, new_entry[axis], around)
+        if (moved != old_entry[axis]).any():
+            raise ValueError(
+                f"parameter {format_path(param.path)} {param.shape}, axis {axis}: its action {id!r} does not move it as "
+                f"{who} move"
+            )
+
+
+def _param_places(view: ParamView, places: Places) -> list[np.ndarray]:
+    """Places along each axis of the parameter for coordinates `[blocks, source, target, kernel]` of the view."""
+    factors = view.factors
+    coordinates = [np.zeros_like(places[0])] * len(factors)
+    for roles, place in zip((view.block, view.source, view.target, view.kernel), places, strict=True):
+        for i, coordinate in zip(roles, np.unravel_index(place, [factors[i] for i in roles]) if roles else (), strict=True):
+            coordinates[i] = coordinate
+    rows = iter(coordinates)
+    result = []
+    for axis, split in enumerate(view.splits):
+        mine = [next(rows) for _ in split]
+        flat = np.ravel_multi_index(mine, split) if split else np.zeros_like(places[0])
+        result.append(view.places(axis)[flat].astype(np.int32))
+    return result
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------------
@@ -697,7 +870,11 @@ def _node_from_json(item: dict[str, Any]) -> NodeGroup:
 
 
 def _edge_from_json(item: dict[str, Any]) -> EdgeGroup:
-    return EdgeGroup(**(_tupled(item) | {"view": _view_from_json(item["view"])}))
+    layouts = {
+        name: None if item[name] is None else NodeLayout(**_tupled(item[name]))
+        for name in ("source_layout", "target_layout")
+    }
+    return EdgeGroup(**(_tupled(item) | layouts | {"view": _view_from_json(item["view"])}))
 
 
 # -- the table -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,49 @@
+"""Neural graphs in JAX: the weights of a network as a graph, and models that read and edit them."""
+
+from ngjax.batching import GraphBudget, batch_graphs, budget_for, unbatch_graphs
+from ngjax.chains import infer_spec, mlp_spec
+from ngjax.check import check_params
+from ngjax.graph import GroupedGraph, to_graph, to_groups, to_params
+from ngjax.nn import (
+    NGGNN,
+    NGT,
+    EncoderConfig,
+    GraphReadout,
+    ParamsReadout,
+    WeightSpaceModel,
+    WeightStatistics,
+    load_model,
+    save_model,
+    weight_statistics,
+)
+from ngjax.spec import NeuralGraphSpec
+from ngjax.symmetry import permute_params, random_permutations
+from ngjax.version import __version__
+
+__all__ = [
+    "NGGNN",
+    "NGT",
+    "EncoderConfig",
+    "GraphBudget",
+    "GraphReadout",
+    "GroupedGraph",
+    "NeuralGraphSpec",
+    "ParamsReadout",
+    "WeightSpaceModel",
+    "WeightStatistics",
+    "__version__",
+    "batch_graphs",
+    "budget_for",
+    "check_params",
+    "infer_spec",
+    "load_model",
+    "mlp_spec",
+    "permute_params",
+    "random_permutations",
+    "save_model",
+    "to_graph",
+    "to_groups",
+    "to_params",
+    "unbatch_graphs",
+    "weight_statistics",
+]

@@ -1,0 +1,12 @@
+"""What neural graphs are compared with."""
+
+from ngjax.baselines.flat_mlp import FlatMLP, FlatStatistics, flat_statistics, flatten_params
+from ngjax.baselines.probes import ProbeReadout
+
+__all__ = [
+    "FlatMLP",
+    "FlatStatistics",
+    "ProbeReadout",
+    "flat_statistics",
+    "flatten_params",
+]

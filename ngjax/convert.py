@@ -1,0 +1,351 @@
+"""Checkpoints of the PyTorch reference models (Kofinas et al. 2024, `mkofinas/neural-graphs`) in this library's models.
+
+Only arrays come in: read a checkpoint with `ngjax.torch_file` or torch, and pass its tensors by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ngjax.chains import mlp_spec
+from ngjax.graph import GroupedGraph, to_groups, to_params
+from ngjax.nn import NGGNN, NGT, EncoderConfig, GraphReadout, ParamsReadout, WeightSpaceModel, WeightStatistics
+from ngjax.spec import NeuralGraphSpec
+from ngjax.zoo.siren import apply_siren
+
+REPAIRS = ("alignment", "normalization", "masking")
+
+_POOLINGS = {
+    "concat_output_nodes": "cat_output",
+    "mean_output_nodes": "mean_output",
+    "mean_all_nodes": "mean",
+    "max_all_nodes": "max",
+    "mean_all_edges": "mean_edge",
+    "max_all_edges": "max_edge",
+    "class_token": "token",
+}
+
+Layers = Sequence[Float[Array, "..."]]
+
+
+class ReferenceModel(NamedTuple):
+    """A reference model in this library's terms: `model.apply(variables, to_groups(spec, params), spec=spec)`."""
+
+    model: WeightSpaceModel
+    variables: dict[str, Any]
+    spec: NeuralGraphSpec
+
+
+def from_reference(
+    config: Mapping[str, Any], state_dict: Mapping[str, Any], *, repair: Collection[str] = ()
+) -> Callable[[Layers, Layers], Any]:
+    """A callable with the library's own model inside that computes what the reference computes.
+
+    Args:
+      config: of the model: `model` is one of `ng_gnn_classifier`, `ng_t_classifier`, `ng_gnn_editor`, `ng_t_editor` and
+        `siren_render`; the other entries are plain hyper-parameters.
+      state_dict: arrays by parameter name, with or without the prefix `param/`. They may be traced, so that gradients
+        with respect to them can be taken.
+      repair: defects of the reference to put right: `"alignment"` (the NG-GNN editor reads biases from the right nodes),
+        `"normalization"` (node features are normalized per network, not over the mini-batch), `"masking"` (padding
+        takes no part).
+
+    Returns:
+      `f(weights, biases)` of lists of `[B, in, out, 1]` and `[B, out, 1]`, which returns logits `[B, classes]`, for
+      editors `(delta_weights, delta_biases)` of the same shapes, for `siren_render` values `[B, points, outputs]`.
+
+    Raises:
+      ValueError: an unknown model or repair, a parameter that is missing, left over or of the wrong shape.
+    """
+    unknown = set(repair) - set(REPAIRS)
+    if unknown:
+        raise ValueError(f"unknown repair {sorted(unknown)}; known are {', '.join(REPAIRS)}")
+    state = _State(state_dict)
+    if config.get("model") == "siren_render":
+        return _siren_render(config, state)
+    model, variables, spec = reference_model(config, state_dict, repair=repair)
+
+    def run(weights: Layers, biases: Layers) -> Any:
+        params = {f"layer_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(zip(weights, biases, strict=True))}
+        result = model.apply(variables, to_groups(spec, params, feature_axis=True), spec=spec)
+        if not isinstance(result, GroupedGraph):
+            return result
+        edit = to_params(spec, result, feature_axis=True)
+        layers = [edit[f"layer_{i}"] for i in range(len(weights))]
+        return [layer["kernel"] for layer in layers], [layer["bias"] for layer in layers]
+
+    return run
+
+
+def reference_model(
+    config: Mapping[str, Any], state_dict: Mapping[str, Any], *, repair: Collection[str] = ()
+) -> ReferenceModel:
+    """The model, its variables and the spec of the networks it reads; arguments and errors as in `from_reference`."""
+    state = _State(state_dict)
+    kind = config.get("model")
+    builders = {
+        "ng_gnn_classifier": _gnn,
+        "ng_gnn_editor": _gnn,
+        "ng_t_classifier": _transformer,
+        "ng_t_editor": _transformer,
+    }
+    if kind not in builders:
+        raise ValueError(f"unknown model {kind!r}; known are {', '.join([*builders, 'siren_render'])}")
+    sizes = tuple(config["layer_sizes"])
+    spec = mlp_spec(sizes, activation="siren")
+    encoder, params, constants = _encoder(config, state, sizes)
+    backbone, backbone_params = builders[kind](config, state, encoder, repair)
+    if kind.endswith("editor"):
+        readout, readout_params = _editor_head(config, state, sizes, repair)
+    else:
+        readout, readout_params = _classifier_head(config, state)
+    state.check_all_used()
+    variables: dict[str, Any] = {
+        "params": {"backbone": backbone_params | {"encoder": params}, "readout": readout_params}
+    }
+    if constants:
+        variables["constants"] = {"backbone": {"encoder": constants}}
+    return ReferenceModel(WeightSpaceModel(backbone, readout), variables, spec)
+
+
+class _State:
+    """Arrays by name that remembers which were asked for."""
+
+    def __init__(self, arrays: Mapping[str, Any]):
+        self._arrays = {name.removeprefix("param/"): array for name, array in arrays.items()}
+        self._used: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def get(self, name: str) -> Array:
+        if name not in self._arrays:
+            raise ValueError(f"parameter {name!r} is missing from the state dict")
+        self._used.add(name)
+        return jnp.asarray(self._arrays[name])
+
+    def linear(self, name: str, *, has_bias: bool = True) -> dict[str, Array]:
+        """A torch linear layer `[out, in]` as a Flax one."""
+        layer = {"kernel": self.get(f"{name}.weight").T}
+        return layer | {"bias": self.get(f"{name}.bias")} if has_bias else layer
+
+    def norm(self, name: str) -> dict[str, Array]:
+        return {"scale": self.get(f"{name}.weight"), "bias": self.get(f"{name}.bias")}
+
+    def check_all_used(self) -> None:
+        left = sorted(self._arrays.keys() - self._used)
+        if left:
+            raise ValueError(f"parameters of the state dict that the configured model does not have: {', '.join(left)}")
+
+
+def _statistics(config: Mapping[str, Any]) -> WeightStatistics | None:
+    values = config.get("normalisation")
+    if values is None:
+        return None
+    columns = (values[f"{kind}_{what}"] for kind in ("weights", "biases") for what in ("mean", "std"))
+    return WeightStatistics(*(tuple(map(float, column)) for column in columns))
+
+
+def _encoder(
+    config: Mapping[str, Any], state: _State, sizes: tuple[int, ...]
+) -> tuple[EncoderConfig, dict[str, Any], dict[str, Array]]:
+    depth = config.get("input_projection_depth", 1)
+    hidden = len(sizes) - 2
+    num_probes = config.get("num_probe_inputs", 0)
+    has_fourier = config["fourier_features"]
+    encoder = EncoderConfig(
+        reverse_edges=config["reverse_edges"],
+        statistics=_statistics(config),
+        fourier_frequencies=config["fourier_frequencies"] if has_fourier else 0,
+        fourier_scale=float(config["fourier_sigma"]),
+        depth=depth,
+        num_probes=num_probes,
+        positions=config["positional_embedding"],
+        max_inputs=sizes[0],
+        max_hidden_layers=hidden,
+        max_outputs=sizes[-1],
+    )
+    prefix = "construct_graph."
+    params: dict[str, Any] = {}
+    constants: dict[str, Array] = {}
+    for kind, name in (("edge", "proj_weight"), ("node", "proj_bias")):
+        first = 1 if has_fourier else 0
+        for i in range(depth):
+            layer = state.linear(f"{prefix}{name}.{first + 2 * i}")
+            if i == 0:
+                layer["kernel"] = layer["kernel"][None]
+            params[f"{kind}_in_{i}"] = layer
+        if has_fourier:
+            constants[f"{kind}_frequencies"] = state.get(f"{prefix}{name}.0.b").T[None]
+    params["edge_out"] = state.linear(f"{prefix}proj_edge_in")
+    params["node_out"] = state.linear(f"{prefix}proj_node_in")
+    if encoder.positions:
+        params["positions"] = state.get(f"{prefix}pos_embed")
+    if num_probes:
+        params["probe_inputs"] = state.get(f"{prefix}gpf.inputs")[0].T
+        linear = [state.linear(f"{prefix}gpf.proj.{i}.0") for i in range(len(sizes))]
+        norms = [state.norm(f"{prefix}gpf.proj.{i}.1") for i in range(len(sizes))]
+        # The reference adds 0.5 to the networks' outputs, which here is a constant in the bias of the last map.
+        linear[-1]["bias"] = linear[-1]["bias"] + 0.5 * jnp.sum(linear[-1]["kernel"], axis=0)
+        params["probes"] = {
+            "kernel": jnp.stack([layer["kernel"] for layer in linear]),
+            "bias": jnp.stack([layer["bias"] for layer in linear]),
+            "norm_scale": jnp.stack([norm["scale"] for norm in norms]),
+            "norm_bias": jnp.stack([norm["bias"] for norm in norms]),
+        }
+    return encoder, params, constants
+
+
+def _gnn(
+    config: Mapping[str, Any], state: _State, encoder: EncoderConfig, repair: Collection[str]
+) -> tuple[NGGNN, dict[str, Any]]:
+    num_layers = config["num_layers"]
+    histogram = config["degree_histogram"]
+    mean_log_degree = sum(n * math.log(degree + 1) for degree, n in enumerate(histogram)) / sum(histogram)
+    params: dict[str, Any] = {}
+    for k in range(num_layers):
+        conv = f"gnn.convs.{k}"
+        for buffer in ("avg_deg_log", "avg_deg_lin"):  # the first is `mean_log_degree`, the second is not used
+            if f"{conv}.aggr_module.{buffer}" in state:
+                state.get(f"{conv}.aggr_module.{buffer}")
+        message = state.linear(f"{conv}.pre_nns.0.0")
+        width = message["kernel"].shape[0] // 2
+        params[f"layer_{k}"] = {
+            "film": state.linear(f"{conv}.edge_encoder"),
+            "message_target": {"kernel": message["kernel"][:width], "bias": message["bias"]},
+            "message_source": {"kernel": message["kernel"][width:]},
+            "update": state.linear(f"{conv}.post_nns.0.0"),
+            "mix": state.linear(f"{conv}.lin"),
+        }
+        if k == num_layers - 1:
+            break
+        norm = state.norm(f"gnn.norms.{k}")
+        params[f"norm_scale_{k}"], params[f"norm_bias_{k}"] = norm["scale"], norm["bias"]
+        edge, source, target = (state.linear(f"gnn.edge_update.{k}.lin_{end}") for end in "est")
+        edge["bias"] = edge["bias"] + source.pop("bias") + target.pop("bias")
+        out = state.linear(f"gnn.edge_update.{k}.lin1")
+        params[f"edge_update_{k}"] = {"edge": edge, "source": source, "target": target, "out": out}
+    model = NGGNN(
+        features=config["hidden_dim"],
+        num_layers=num_layers,
+        encoder=encoder,
+        norm_scope="graph" if "normalization" in repair else "batch",
+        mean_log_degree=mean_log_degree,
+    )
+    return model, params
+
+
+def _transformer(
+    config: Mapping[str, Any], state: _State, encoder: EncoderConfig, repair: Collection[str]
+) -> tuple[NGT, dict[str, Any]]:
+    del repair  # networks of one architecture have no padding, and layer norms know no batch
+    num_layers, last_edge_update = config["num_layers"], config["last_layer_edge_update"]
+    params: dict[str, Any] = {}
+    for k in range(num_layers):
+        layer = f"layers.{k}"
+        attention = f"{layer}.self_attn"
+        params[f"layer_{k}"] = {
+            "qkv_node": state.linear(f"{attention}.qkv_node", has_bias=False),
+            "qkv_edge": state.linear(f"{attention}.qkv_edge", has_bias=False),
+            "attention_out": state.linear(f"{attention}.proj_out"),
+            "node_lin": state.linear(f"{layer}.lin0"),
+            "node_norm_0": state.norm(f"{layer}.node_ln0"),
+            "node_norm_1": state.norm(f"{layer}.node_ln1"),
+            "node_mlp_0": state.linear(f"{layer}.node_mlp.0", has_bias=False),
+            "node_mlp_1": state.linear(f"{layer}.node_mlp.2"),
+        }
+        if k == num_layers - 1 and not last_edge_update:
+            break
+        update = f"{layer}.edge_updates"
+        edge, source, target = (state.linear(f"{update}.edge_mlp0.lin0_{end}") for end in "est")
+        edge["bias"] = edge["bias"] + source.pop("bias") + target.pop("bias")
+        params[f"layer_{k}"] |= {
+            "edge_in": edge,
+            "edge_source": source,
+            "edge_target": target,
+            "edge_out": state.linear(f"{update}.edge_mlp0.lin1"),
+            "edge_norm_0": state.norm(f"{update}.eln0"),
+            "edge_mlp_0": state.linear(f"{update}.edge_mlp1.0", has_bias=False),
+            "edge_mlp_1": state.linear(f"{update}.edge_mlp1.2"),
+            "edge_norm_1": state.norm(f"{update}.eln1"),
+        }
+    class_token = config.get("pooling") == "class_token"
+    if class_token:
+        params["token"] = state.get("cls_token").reshape(-1)
+    model = NGT(
+        node_features=config["node_dim"],
+        edge_features=config["edge_dim"],
+        attention_features=config["attention_dim"],
+        node_hidden=config["node_mlp_dim"],
+        edge_hidden=config["edge_mlp_dim"],
+        num_layers=num_layers,
+        num_heads=config["num_heads"],
+        encoder=encoder,
+        modulate_values=config["modulate_values"],
+        last_edge_update=last_edge_update,
+        class_token=class_token,
+    )
+    return model, params
+
+
+def _classifier_head(config: Mapping[str, Any], state: _State) -> tuple[GraphReadout, dict[str, Any]]:
+    pooling = config["pooling"]
+    if pooling not in _POOLINGS:
+        raise ValueError(f"unknown pooling {pooling!r}; known are {', '.join(_POOLINGS)}")
+    num_linear = sum(f"proj_out.{i}.weight" in state for i in range(0, 8, 2))
+    params = {f"dense_{i}": state.linear(f"proj_out.{2 * i}") for i in range(num_linear)}
+    readout = GraphReadout(
+        features=config["num_classes"],
+        hidden=params["dense_0"]["kernel"].shape[1],
+        num_hidden=num_linear - 1,
+        pooling=_POOLINGS[pooling],  # type: ignore[arg-type]
+        layer_norm=False,
+    )
+    return readout, params
+
+
+def _editor_head(
+    config: Mapping[str, Any], state: _State, sizes: tuple[int, ...], repair: Collection[str]
+) -> tuple[ParamsReadout, dict[str, Any]]:
+    num_layers = len(sizes) - 1
+    edge_out = state.linear("proj_edge.2")
+    params = {
+        "node_dense_0": state.linear("proj_node.0"),
+        "node_dense_1": state.linear("proj_node.2"),
+        "edge_dense_0": state.linear("proj_edge.0"),
+        "edge_kernel": edge_out["kernel"][None],
+        "edge_bias": edge_out["bias"][None],
+        "weight_scale": jnp.stack([state.get(f"weight_scale.{i}") for i in range(num_layers)]),
+        "bias_scale": jnp.stack([state.get(f"bias_scale.{i}") for i in range(num_layers)]),
+    }
+    misaligned = config["model"] == "ng_gnn_editor" and "alignment" not in repair
+    readout = ParamsReadout(
+        statistics=_statistics(config) if config["denormalise_outputs"] else None,
+        max_layers=num_layers,
+        bias_alignment="reference" if misaligned else "corrected",
+    )
+    return readout, params
+
+
+def _siren_render(config: Mapping[str, Any], state: _State) -> Callable[[Layers, Layers], Array]:
+    coordinates = state.get("inputs")[0]
+    state.check_all_used()
+
+    def render(weights: Layers, biases: Layers) -> Array:
+        params = {
+            f"layer_{i}": {"kernel": w[..., 0], "bias": b[..., 0]}
+            for i, (w, b) in enumerate(zip(weights, biases, strict=True))
+        }
+        run = functools.partial(
+            apply_siren, coordinates=coordinates, omega=config["omega"], output_offset=config["output_offset"]
+        )
+        return jax.vmap(run)(params)
+
+    return render

@@ -1,0 +1,223 @@
+"""NG-T: a relational transformer with multiplicative node-edge interaction (Kofinas et al. 2024, section 3.2).
+
+Differences from the relational transformer (Diao and Loynd 2023): values are modulated by edges (`v_mul`), and edge
+updates read the edge in both directions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jraph
+from jaxtyping import Array, Bool, Float
+
+from ngjax.graph import GroupedGraph
+from ngjax.nn.encoder import EncoderConfig, GraphEncoder
+from ngjax.nn.topology import read_graph
+from ngjax.spec import NeuralGraphSpec
+
+_MASKED = -1e30  # finite: a row of masked keys alone, which only padding has, stays finite as well
+
+
+def relational_attention(
+    qkv_node: Float[Array, "... N H q"],
+    qkv_edge: Float[Array, "... N N H e"],
+    key_mask: Bool[Array, "... N"] | None,
+) -> Float[Array, "... N D"]:
+    """Attention of all nodes to all nodes in which every pair has its own query, key and value.
+
+    `q_ij = q_i + q^e_ij`, `k_ij = k_j + k^e_ij`, `v_ij = v_j * v^mul_ij + v^add_ij` (without modulation
+    `v_j + v^add_ij`), scaled by the root of the total width of all heads.
+
+    Args:
+      qkv_node: queries, keys and values of nodes, one after the other within each head.
+      qkv_edge: `q^e, k^e, v^add` and, with modulation, `v^mul` of pairs, within each head.
+      key_mask: False for nodes that must not be seen.
+    """
+    heads, head_width = qkv_node.shape[-2], qkv_node.shape[-1] // 3
+    q, k, v = jnp.split(qkv_node, 3, axis=-1)
+    q_edge, k_edge, v_add, *v_mul = jnp.split(qkv_edge, qkv_edge.shape[-1] // head_width, axis=-1)
+    queries = q[..., :, None, :, :] + q_edge
+    keys = k[..., None, :, :, :] + k_edge
+    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    logits = jnp.sum((queries * keys).astype(wide), axis=-1) / math.sqrt(heads * head_width)
+    if key_mask is not None:
+        logits = jnp.where(key_mask[..., None, :, None], logits, _MASKED)
+    weights = jax.nn.softmax(logits, axis=-2).astype(v.dtype)
+    values = v[..., None, :, :, :]
+    values = values * v_mul[0] + v_add if v_mul else values + v_add
+    mixed = jnp.einsum("...ijh,...ijhd->...ihd", weights, values)
+    return mixed.reshape(*mixed.shape[:-2], heads * head_width)
+
+
+class TransformerLayer(nn.Module):
+    """One post-norm layer. Attributes as in `NGT`."""
+
+    node_features: int
+    edge_features: int
+    attention_features: int
+    node_hidden: int
+    edge_hidden: int
+    num_heads: int
+    modulate_values: bool
+    update_edges: bool
+    dropout: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        nodes: Float[Array, "... N d"],
+        pairs: Float[Array, "... N N c"],
+        key_mask: Bool[Array, "... N"] | None,
+        train: bool,
+    ) -> tuple[Float[Array, "... N d"], Float[Array, "... N N c"]]:
+        """New node and pair features."""
+
+        def dense(features: int, name: str, use_bias: bool = True) -> nn.Dense:
+            init = nn.initializers.xavier_uniform()
+            return nn.Dense(features, use_bias, self.dtype, kernel_init=init, name=name)
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        width, heads = self.attention_features, self.num_heads
+
+        qkv_node = dense(3 * width, "qkv_node", use_bias=False)(nodes)
+        parts = 4 if self.modulate_values else 3
+        qkv_edge = dense(parts * width, "qkv_edge", use_bias=False)(pairs)
+        attention = relational_attention(
+            qkv_node.reshape(*qkv_node.shape[:-1], heads, -1),
+            qkv_edge.reshape(*qkv_edge.shape[:-1], heads, -1),
+            key_mask,
+        )
+        attention = dense(self.node_features, "attention_out")(attention)
+        nodes = norm("node_norm_0")(nodes + drop(dense(self.node_features, "node_lin")(attention)))
+        hidden = dense(self.node_hidden, "node_mlp_0", use_bias=False)(nodes)
+        hidden = dense(self.node_features, "node_mlp_1")(nn.gelu(hidden, approximate=False))
+        nodes = norm("node_norm_1")(nodes + drop(hidden))
+        if not self.update_edges:
+            return nodes, pairs
+
+        reverse = jnp.swapaxes(pairs, -3, -2)
+        hidden = dense(self.edge_hidden, "edge_in")(jnp.concatenate([pairs, reverse], axis=-1))
+        hidden = hidden + dense(self.edge_hidden, "edge_source", use_bias=False)(nodes)[..., :, None, :]
+        hidden = hidden + dense(self.edge_hidden, "edge_target", use_bias=False)(nodes)[..., None, :, :]
+        hidden = dense(self.edge_features, "edge_out")(nn.gelu(hidden, approximate=False))
+        pairs = norm("edge_norm_0")(pairs + drop(hidden))
+        hidden = dense(self.edge_hidden, "edge_mlp_0", use_bias=False)(pairs)
+        hidden = dense(self.edge_features, "edge_mlp_1")(nn.gelu(hidden, approximate=False))
+        return nodes, norm("edge_norm_1")(pairs + drop(hidden))
+
+
+class NGT(nn.Module):
+    """NG-T, from graph to graph.
+
+    Looks at all pairs of nodes of a graph, and so costs the square of their number. Node features of the result are
+    `[..., N, node_features]`, edge features `[..., E, 1, edge_features]` (in groups
+    `[..., blocks, source, target, 1, edge_features]`); `globals.pairs` holds the features of all pairs and
+    `globals.token` the class token.
+
+    Attributes:
+      node_features, edge_features: widths of nodes and pairs.
+      attention_features: width of all heads together.
+      node_hidden, edge_hidden: widths inside the perceptrons.
+      num_layers, num_heads: of the transformer.
+      encoder: how weights become features.
+      modulate_values: multiply node values by edges, besides adding edges to them.
+      last_edge_update: update pairs in the last layer too; what reads edges (`ParamsReadout`, pooling over edges) needs
+        it, what reads nodes alone does not.
+      class_token: add a node of its own, joined to no one, that a readout can take instead of pooling.
+      dropout: rate on the branches.
+      memory_limit: most gigabytes that the activations of one graph and layer may take.
+      dtype: of the computation; parameters are float32.
+    """
+
+    node_features: int = 64
+    edge_features: int = 32
+    attention_features: int = 128
+    node_hidden: int = 128
+    edge_hidden: int = 64
+    num_layers: int = 4
+    num_heads: int = 8
+    encoder: EncoderConfig = EncoderConfig(reverse_edges=False)
+    modulate_values: bool = True
+    last_edge_update: bool = True
+    class_token: bool = False
+    dropout: float = 0.0
+    memory_limit: float = 8.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        graph: jraph.GraphsTuple | GroupedGraph,
+        *,
+        spec: NeuralGraphSpec | None = None,
+        train: bool = False,
+    ) -> jraph.GraphsTuple | GroupedGraph:
+        """Runs over the edge list, or block by block where `spec` is given; both give the same numbers.
+
+        Args:
+          graph: a `jraph.GraphsTuple`, or with `spec` also a `GroupedGraph`; with `spec`, features may have any leading
+            batch axes.
+          spec: of the architecture, a static value.
+          train: draw dropout masks, from the `dropout` random stream.
+
+        Returns:
+          A graph of the same type.
+
+        Raises:
+          ValueError: a graph of another architecture than `spec`, larger than the encoder's tables, or with so many
+            nodes that pairs would take more memory than `memory_limit`.
+        """
+        topology, raw_nodes, weights, _ = read_graph(graph, spec, reverse=self.encoder.reverse_edges)
+        self._check_memory(topology.max_nodes + self.class_token)
+        encode = GraphEncoder(self.encoder, self.node_features, self.edge_features, self.dtype, name="encoder")
+        flat_nodes, edges, non_edge, probes = encode(topology, raw_nodes, weights)
+        nodes, pairs = topology.dense_nodes(flat_nodes), topology.pairs(edges, non_edge)
+        key_mask = topology.dense_mask()
+        if self.class_token:
+            token = self.param("token", nn.initializers.normal(1.0), (self.node_features,), jnp.float32)
+            first = jnp.broadcast_to(token.astype(self.dtype), (*nodes.shape[:-2], 1, self.node_features))
+            nodes = jnp.concatenate([first, nodes], axis=-2)
+            before = [(0, 0)] * (pairs.ndim - 3)
+            pairs = jnp.pad(pairs, [*before, (1, 0), (1, 0), (0, 0)])
+            if key_mask is not None:
+                key_mask = jnp.pad(key_mask, [(0, 0), (1, 0)], constant_values=True)
+        for i in range(self.num_layers):
+            layer = TransformerLayer(
+                self.node_features,
+                self.edge_features,
+                self.attention_features,
+                self.node_hidden,
+                self.edge_hidden,
+                self.num_heads,
+                self.modulate_values,
+                update_edges=self.last_edge_update or i < self.num_layers - 1,
+                dropout=self.dropout,
+                dtype=self.dtype,
+                name=f"layer_{i}",
+            )
+            nodes, pairs = layer(nodes, pairs, key_mask, train)
+        updates: dict[str, Array] = {} if probes is None else {"probes": probes}
+        if self.class_token:
+            updates["token"] = nodes[..., 0, :]
+            nodes, pairs = nodes[..., 1:, :], pairs[..., 1:, 1:, :]
+        updates["pairs"] = pairs
+        forward = tuple(edge[..., None, :] for edge in topology.from_pairs(pairs))
+        return topology.write(graph, topology.from_dense_nodes(nodes), forward, updates)
+
+    def _check_memory(self, num_nodes: int) -> None:
+        width = 4 * self.attention_features + 3 * self.edge_hidden + 2 * self.edge_features
+        gigabytes = num_nodes**2 * width * jnp.dtype(self.dtype).itemsize / 1e9
+        if gigabytes > self.memory_limit:
+            raise ValueError(
+                f"NG-T looks at all pairs of {num_nodes:,} nodes: about {gigabytes:,.1f} GB per graph and layer, more "
+                f"than memory_limit={self.memory_limit:g}; use NG-GNN, which is linear in the weights, or raise the limit"
+            )

@@ -1,0 +1,51 @@
+"""Settings for every test: eight CPU devices, strict dtypes, shapes checked at run time.
+
+All of it is on here and off for users.
+"""
+
+import os
+import pathlib
+
+# Read once, when jax opens its backend, so these lines come before any import of it.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+import hypothesis
+import jax
+import jaxtyping
+import matplotlib
+import pytest
+
+# Annotated shapes and dtypes are checked in every function of the library that a test calls.
+# This has to come before the first import of ngjax.
+jaxtyping.install_import_hook("ngjax", "beartype.beartype")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+matplotlib.use("agg")
+
+# Examples are derived from the test itself, so every run tries the same ones; a compilation
+# inside an example may take longer than any deadline.
+hypothesis.settings.register_profile("ngjax", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("ngjax")
+
+
+def _folder_from_environment(variable: str, contents: str) -> pathlib.Path:
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} is not set: it names the folder with {contents}")
+    path = pathlib.Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"{variable}={folder} is not a folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> pathlib.Path:
+    """The folder of recorded cases of the reference models."""
+    return _folder_from_environment("NGJAX_PARITY_DIR", "the recorded cases")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder of image data sets."""
+    return _folder_from_environment("NGJAX_DATA_DIR", "the image data sets")

@@ -45,5 +45,5 @@ def check_params(params: Any, *, spec: NeuralGraphSpec | None = None, source: st
     if spec is not None:
         try:
             jax.eval_shape(lambda p: to_groups(spec, p), params)
-        except ValueError as error:
-            raise ValueError(f"{prefix}{error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{prefix}{error}") from None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -102,6 +103,7 @@ def reference_model(
     spec = mlp_spec(sizes, activation="siren")
     encoder, params, constants = _encoder(config, state, sizes)
     backbone, backbone_params = builders[kind](config, state, encoder, repair)
+    readout: nn.Module
     if kind.endswith("editor"):
         readout, readout_params = _editor_head(config, state, sizes, repair)
     else:

@@ -755,17 +755,10 @@ def _overlap(a: ParamView, b: ParamView) -> bool:
     return True
 
 
-def _check_moves(spec: NeuralGraphSpec, draws: int = 2, samples: int = 512) -> None:
-    """Permuting the axes of the parameters must be the same as permuting nodes: tried on random permutations."""
+def _check_moves(spec: NeuralGraphSpec, samples: int = 512) -> None:
+    """Permuting the axes of the parameters must be the same as permuting nodes: tried on permutations that tell."""
     rng = np.random.default_rng(0)
-    for _ in range(draws):
-        perms = {}
-        for action in spec.actions:
-            if action.kind == "permutation":
-                shape = (*(spec.action[id].size for id in action.per), action.size)
-                perms[action.id] = rng.permuted(np.broadcast_to(np.arange(action.size, dtype=np.int32), shape), axis=-1)
-        if not perms:
-            return
+    for perms in _telling_permutations(spec):
         nodes = {group.name: index_array(spec.action, perms, group.axis) for group in spec.node_groups}
         for node_group in spec.node_groups:
             if node_group.bias is not None:
@@ -786,6 +779,26 @@ def _check_moves(spec: NeuralGraphSpec, draws: int = 2, samples: int = 512) -> N
         for view in spec.loose:
             places = _sample(rng, view.shape, samples)
             _check_entries(spec, perms, view, places, places, "loose scalars, which stay in place,")
+
+
+def _telling_permutations(spec: NeuralGraphSpec) -> Iterable[dict[str, np.ndarray]]:
+    """A few sets of permutations in which no two independent ones always move alike, nor one never.
+
+    Number `j` (each place of `per` has its own) is rotated in the sets that the binary digits of `j + 1` name.
+    """
+    shapes = {
+        action.id: (*(spec.action[id].size for id in action.per), action.size)
+        for action in spec.actions
+        if action.kind == "permutation"
+    }
+    count = sum(math.prod(shape[:-1]) for shape in shapes.values())
+    for digit in range(count.bit_length()):
+        perms, start = {}, 1
+        for id, (*lead, size) in shapes.items():
+            number = np.arange(start, start + math.prod(lead)).reshape(*lead, 1)
+            perms[id] = ((np.arange(size) + (number >> digit) % 2) % size).astype(np.int32)
+            start += math.prod(lead)
+        yield perms
 
 
 Places = tuple[np.ndarray, ...]

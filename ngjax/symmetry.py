@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from ngjax.actions import dependencies, index_array, letters, neighbours, old_pl
 from ngjax.graph import to_groups
 from ngjax.spec import NeuralGraphSpec, ParamSpec
 
-Permutations = Mapping[str, Int[Array, "..."]]
+Permutations = Mapping[str, Int[Array | np.ndarray, "..."]]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -32,12 +33,19 @@ def random_permutations(key: Array, spec: NeuralGraphSpec) -> dict[str, Int[Arra
       axes, these stand in front: `[heads, inner]`.
     """
     independent = [action for action in spec.actions if action.kind == "permutation"]
-    keys = jax.random.split(key, max(len(independent), 1))
+    leads = [tuple(spec.action[id].size for id in action.per) for action in independent]
+    sizes = np.repeat([action.size for action in independent], [math.prod(lead) for lead in leads])
+    # One sort draws all of them: a row each, of random numbers and then, for the shorter ones, of what sorts last.
+    width = int(sizes.max(initial=0))
+    bits = jax.random.bits(key, (len(sizes), width), jnp.uint32)
+    bits = jnp.where(np.arange(width) < sizes[:, None], bits, jnp.uint32(2**32 - 1))
+    order = jnp.argsort(bits, axis=-1, stable=True).astype(jnp.int32)
     perms: dict[str, Array] = {}
-    for action, subkey in zip(independent, keys, strict=False):
-        lead = tuple(spec.action[id].size for id in action.per)
-        places = jnp.broadcast_to(jnp.arange(action.size, dtype=jnp.int32), (*lead, action.size))
-        perms[action.id] = jax.random.permutation(subkey, places, axis=-1, independent=True)
+    start = 0
+    for action, lead in zip(independent, leads, strict=True):
+        stop = start + math.prod(lead)
+        perms[action.id] = order[start:stop, : action.size].reshape(*lead, action.size)
+        start = stop
     return perms | {id: jnp.asarray(index_array(spec.action, perms, id)) for id in _built_ids(spec)}
 
 

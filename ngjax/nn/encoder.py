@@ -99,29 +99,47 @@ def kernel_index(grid: Sequence[int], kernel_range: Sequence[int]) -> np.ndarray
     return np.ravel_multi_index(np.meshgrid(*axes, indexing="ij"), tuple(kernel_range)).reshape(-1)
 
 
+def directed(table: Float[Array, "K c m"], channels: int, backward: bool) -> Float[Array, "K C m"]:
+    """The part of a linear map of `[forward, backward, both]` channels that one direction's weight meets.
+
+    The features of a forward edge are `[w, 0, w]` and those of its reverse `[0, w, w]`, so the map of one number is
+    the sum of two, and the zeros need never be written.
+    """
+    own = table[:, channels : 2 * channels] if backward else table[:, :channels]
+    return own + table[:, 2 * channels :]
+
+
 class KernelDense(nn.Module):
     """A linear map of `[..., K, C]` to `[..., features]`, with one matrix per kernel offset.
 
     Attributes:
       features: width of the result.
       kernel_range: offsets with a matrix of their own.
+      reverse: the matrices are for `[forward, backward, both]` channels; see `directed`.
       dtype: of the computation.
     """
 
     features: int
     kernel_range: tuple[int, int, int] = (1, 1, 1)
+    reverse: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... K C"], grid: tuple[int, int, int] = (1, 1, 1)) -> Float[Array, "... D"]:
-        positions = math.prod(self.kernel_range)
+    def __call__(
+        self, x: Float[Array, "... K C"], grid: tuple[int, int, int] = (1, 1, 1), backward: bool = False
+    ) -> Float[Array, "... D"]:
+        positions, channels = math.prod(self.kernel_range), x.shape[-1]
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=2)
-        kernel = self.param("kernel", init, (positions, x.shape[-1], self.features), jnp.float32)
+        shape = (positions, channels * (3 if self.reverse else 1), self.features)
+        kernel = self.param("kernel", init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        if self.reverse:
+            kernel = directed(kernel, channels, backward)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if x.shape[-2] == 1:
-            return x[..., 0, :] @ kernel[kernel_index(grid, self.kernel_range)[0]] + bias
-        return jnp.einsum("...kc,kcd->...d", x, kernel[kernel_index(grid, self.kernel_range)]) + bias
+        kernel = kernel[kernel_index(grid, self.kernel_range)]
+        if x.shape[-2:] == (1, 1):
+            return x[..., 0, :] * kernel[0, 0] + bias
+        return jnp.einsum("...kc,kcd->...d", x, kernel) + bias
 
 
 def fourier_features(x: Float[Array, "... K C"], frequencies: Float[Array, "K C m"]) -> Float[Array, "... 1 M"]:
@@ -152,22 +170,18 @@ class GraphEncoder(nn.Module):
     ) -> tuple[Float[Array, "... N d"], Edges, Float[Array, " c"], Float[Array, "... N P"] | None]:
         """Features of nodes, of edges (backward ones after the forward ones) and of a non-edge, and the probe values."""
         config = self.config
+        if config.positions or config.num_probes:
+            nodes = self._check_fits(topology, nodes)
         probes = None
         if config.num_probes:
             probes = self._probe_values(topology, nodes, edges)
         if config.statistics is not None:
             nodes, edges = standardize(topology, nodes, edges, config.statistics)
         grids = topology.kernel_grids()
-        if config.reverse_edges:
-            zeros = tuple(jnp.zeros_like(e) for e in edges)
-            both = zip(edges, zeros, strict=True)
-            forward = tuple(jnp.concatenate([e, z, e], axis=-1) for e, z in both)
-            backward = tuple(jnp.concatenate([z, e, e], axis=-1) for e, z in zip(edges, zeros, strict=True))
-            edges = topology.join(forward, backward)
-            grids = grids if len(edges) == len(grids) else grids * 2
-
-        project_nodes = self._projection("node", self.node_features, nodes.shape[-1], (1, 1, 1))
-        project_edges = self._projection("edge", self.edge_features, edges[0].shape[-1], config.kernel_range)
+        project_nodes = self._projection("node", self.node_features, nodes.shape[-1], (1, 1, 1), reverse=False)
+        project_edges = self._projection(
+            "edge", self.edge_features, edges[0].shape[-1], config.kernel_range, config.reverse_edges
+        )
         node_map = nn.Dense(self.node_features, dtype=self.dtype, name="node_out")
         edge_map = nn.Dense(self.edge_features, dtype=self.dtype, name="edge_out")
 
@@ -183,39 +197,47 @@ class GraphEncoder(nn.Module):
         if config.positions:
             node_values = node_values + self._positions(topology)
 
-        def encode_edges(x: Array, grid: tuple[int, int, int]) -> Array:
+        def encode_edges(x: Array, grid: tuple[int, int, int], backward: bool = False) -> Array:
             if config.zero_weights:
                 return edge_map(jnp.zeros((*x.shape[:-2], self.edge_features), self.dtype))
-            return edge_map(project_edges(x, grid))
+            return edge_map(project_edges(x, grid, backward))
 
         edge_values = tuple(encode_edges(e, grid) for e, grid in zip(edges, grids, strict=True))
+        if config.reverse_edges:
+            back = tuple(encode_edges(e, grid, backward=True) for e, grid in zip(edges, grids, strict=True))
+            edge_values = topology.join(edge_values, back)
         non_edge = encode_edges(jnp.zeros((1, 1, edges[0].shape[-1]), nodes.dtype), (1, 1, 1))[0]
         return topology.mask_nodes(node_values), edge_values, non_edge, probes
 
-    def _projection(self, kind: str, width: int, channels: int, kernel_range: tuple[int, int, int]) -> Any:
+    def _projection(
+        self, kind: str, width: int, channels: int, kernel_range: tuple[int, int, int], reverse: bool
+    ) -> Callable[..., Array]:
         config = self.config
+        has_fourier = config.fourier_frequencies > 0
         first = KernelDense(
             width,
-            kernel_range=(1, 1, 1) if config.fourier_frequencies else kernel_range,
+            kernel_range=(1, 1, 1) if has_fourier else kernel_range,
+            reverse=reverse and not has_fourier,
             dtype=self.dtype,
             name=f"{kind}_in_0",
         )
         rest = [nn.Dense(width, dtype=self.dtype, name=f"{kind}_in_{i}") for i in range(1, config.depth)]
         frequencies = None
-        if config.fourier_frequencies:
-            shape = (math.prod(kernel_range), channels, config.fourier_frequencies)
+        if has_fourier:
+            shape = (math.prod(kernel_range), channels * (3 if reverse else 1), config.fourier_frequencies)
             frequencies = self.variable(
                 "constants",
                 f"{kind}_frequencies",
                 lambda: config.fourier_scale * jax.random.normal(self.make_rng("params"), shape),
             ).value
 
-        def project(x: Array, grid: tuple[int, int, int]) -> Array:
+        def project(x: Array, grid: tuple[int, int, int], backward: bool = False) -> Array:
             if frequencies is None:
-                y = first(x, grid)
+                y = first(x, grid, backward)
             else:
                 wide = jnp.promote_types(x.dtype, jnp.float32)
-                maps = frequencies.astype(wide)[kernel_index(grid, kernel_range)]
+                table = directed(frequencies, channels, backward) if reverse else frequencies
+                maps = table.astype(wide)[kernel_index(grid, kernel_range)]
                 y = first(fourier_features(x.astype(wide), maps))
             for layer in rest:
                 y = layer(nn.silu(y))
@@ -223,18 +245,31 @@ class GraphEncoder(nn.Module):
 
         return project
 
+    def _table_sizes(self) -> tuple[int, int, int]:
+        return self.config.max_inputs, self.config.max_hidden_layers, self.config.max_outputs
+
+    def _check_fits(self, topology: Topology, nodes: Array) -> Array:
+        """Raises where a network is larger than the tables; in an edge list, whose sizes are not known, nodes get NaN."""
+        sizes = self._table_sizes()
+        if isinstance(topology, BlockTopology):
+            for role, size, name in zip(ROLES, sizes, ("max_inputs", "max_hidden_layers", "max_outputs"), strict=True):
+                used = topology.spec.num_positions(role)
+                if used > size:
+                    raise ValueError(f"the network uses {used} {role} positions, more than {name}={size} of the encoder")
+            return nodes
+        fields = topology.graph.nodes
+        fits = ~fields.mask | (fields.position < jnp.asarray(sizes)[fields.role])
+        return jnp.where(fits[:, None], nodes, jnp.nan)
+
     def _positions(self, topology: Topology) -> Float[Array, "N d"]:
-        config = self.config
-        sizes = (config.max_inputs, config.max_hidden_layers, config.max_outputs)
+        sizes = self._table_sizes()
         table = self.param("positions", nn.initializers.normal(1.0), (sum(sizes), self.node_features), jnp.float32)
         table = table.astype(self.dtype)
         starts = (0, sizes[0], sizes[0] + sizes[1])
         if isinstance(topology, BlockTopology):
-            return _block_positions(topology.spec, table, sizes, starts)
+            return _block_positions(topology.spec, table, starts)
         nodes = topology.graph.nodes
-        fits = nodes.position < jnp.asarray(sizes)[nodes.role]
-        rows = table[jnp.asarray(starts)[nodes.role] + jnp.where(fits, nodes.position, 0)]
-        return jnp.where(fits[:, None], rows, jnp.nan)  # more neurons or layers than the table has: never a wrong row
+        return table[jnp.asarray(starts)[nodes.role] + nodes.position]
 
     def _probe_values(self, topology: Topology, nodes: Array, edges: Edges) -> Float[Array, "... N P"]:
         config = self.config
@@ -249,13 +284,7 @@ class GraphEncoder(nn.Module):
         return probe_values(topology, nodes, edges, inputs[:num_inputs], config.max_hidden_layers)
 
 
-def _block_positions(
-    spec: NeuralGraphSpec, table: Float[Array, "R d"], sizes: Sequence[int], starts: Sequence[int]
-) -> Float[Array, "N d"]:
-    for role, size, name in zip(ROLES, sizes, ("max_inputs", "max_hidden_layers", "max_outputs"), strict=True):
-        used = spec.num_positions(role)
-        if used > size:
-            raise ValueError(f"the network uses {used} {role} positions, more than {name}={size} of the encoder")
+def _block_positions(spec: NeuralGraphSpec, table: Float[Array, "R d"], starts: Sequence[int]) -> Float[Array, "N d"]:
     rows = []
     for group in spec.node_groups:
         start = starts[ROLES.index(group.role)] + spec.position_bases[group.name]

@@ -39,8 +39,11 @@ def aggregate(topology: Topology, messages: Edges, mean_log_degree: float | Arra
 
 
 def graph_norm(topology: Topology, nodes: Float[Array, "... N d"], scope: Scope) -> Float[Array, "... N d"]:
-    """Node features centred and divided by their deviation over all nodes and channels of a graph, in two passes."""
-    centred = nodes - topology.node_mean(nodes, scope)
+    """Node features centred and divided by their deviation over all nodes and channels of a graph, in two passes.
+
+    Padding becomes zero: it has no deviation, and would grow from layer to layer until gradients are NaN.
+    """
+    centred = topology.mask_nodes(nodes - topology.node_mean(nodes, scope))
     variance = topology.node_mean(centred**2, scope)
     # The maximum keeps the derivative of the root finite where all features are equal.
     return centred / (jnp.sqrt(jnp.maximum(variance, 1e-20)) + _NORM_EPSILON)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import tempfile
+import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -70,15 +70,15 @@ def save_model(
         "metadata": json.dumps(dict(metadata or {})),
     }
     content = safetensors.numpy.save(arrays, metadata=header)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -110,13 +110,13 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
 
 
 def _to_json(value: Any) -> Any:
-    if type(value).__name__ in _CLASSES and isinstance(value, tuple):
-        return {"class": type(value).__name__, **value._asdict()}
+    name = type(value).__name__
+    if isinstance(value, WeightStatistics):
+        return {"class": name, **value._asdict()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = type(value).__name__
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         if _CLASSES.get(name) is not type(value):
             raise TypeError(f"expected a module of this library ({', '.join(_CLASSES)}), received {name}")
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         return {"class": name} | {k: _to_json(v) for k, v in fields.items() if k not in ("parent", "name")}
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value

@@ -127,14 +127,14 @@ class ProbeEncoder(nn.Module):
                 parts.append(mapped * scale[row].astype(mapped.dtype) + shift[row].astype(mapped.dtype))
             return jnp.concatenate(parts, axis=-2)
         fields = topology.graph.nodes
-        role_row = jnp.asarray([0, 1, rows - 1])[fields.role]
-        row = jnp.where(fields.role == ROLES.index("hidden"), 1 + fields.position, role_row)
-        own = jax.nn.one_hot(row, rows, dtype=values.dtype)
+        of_role = jnp.asarray([0, 1, rows - 1])[fields.role]
+        of_node = jnp.where(fields.role == ROLES.index("hidden"), 1 + fields.position, of_role)
+        own = jax.nn.one_hot(of_node, rows, dtype=values.dtype)
         mapped = jnp.zeros((*values.shape[:-1], width), values.dtype)
         for i in range(rows):  # a gather of one matrix per node would need more memory than the products
             mapped = mapped + own[:, i : i + 1] * (values @ kernel[i] + bias[i])
         mapped = _layer_norm(mapped)
-        return mapped * scale[row].astype(mapped.dtype) + shift[row].astype(mapped.dtype)
+        return mapped * scale[of_node].astype(mapped.dtype) + shift[of_node].astype(mapped.dtype)
 
     def _row(self, role: str, position: int) -> int:
         return {"input": 0, "hidden": 1 + position, "output": self.max_hidden_layers + 1}[role]

@@ -63,7 +63,8 @@ def _pool_pairs(topology: Topology, edges: Edges, globals_: GlobalData, pooling:
     both = (mask[..., :, None] & mask[..., None, :])[..., None]
     if pooling == "mean_edge":
         return jnp.sum(jnp.where(both, pairs, 0), axis=(-3, -2)) / jnp.maximum(jnp.sum(both, axis=(-3, -2)), 1)
-    return jnp.max(jnp.where(both, pairs, -jnp.inf), axis=(-3, -2), initial=-1e30)
+    greatest = jnp.max(jnp.where(both, pairs, -jnp.inf), axis=(-3, -2))
+    return jnp.where(jnp.any(mask, axis=-1)[..., None], greatest, 0)  # padding graphs have no pairs
 
 
 class GraphReadout(nn.Module):
@@ -179,7 +180,7 @@ class ParamsReadout(nn.Module):
         if self.statistics is not None:
             nodes, edges = destandardize(topology, nodes, edges, self.statistics)
         if self.output_scale is not None:
-            nodes, edges = self._scale(topology, nodes, edges)
+            nodes, edges = self._scale(topology, nodes, edges, self.output_scale)
         has_parameter = topology.by_node("level")[:, None] > 0
         nodes = topology.mask_nodes(jnp.where(has_parameter, nodes, 0))
         return topology.write(graph, nodes, topology.mask_edges(edges), {})
@@ -200,9 +201,9 @@ class ParamsReadout(nn.Module):
 
         return tuple(head(e, grid) for e, grid in zip(edges, topology.kernel_grids(), strict=True))
 
-    def _scale(self, topology: Topology, nodes: Array, edges: Edges) -> tuple[Array, Edges]:
+    def _scale(self, topology: Topology, nodes: Array, edges: Edges, initial: float) -> tuple[Array, Edges]:
         topology.check_levels(self.max_layers, "the readout has factors")
-        init = nn.initializers.constant(self.output_scale)
+        init = nn.initializers.constant(initial)
         weight = self.param("weight_scale", init, (self.max_layers,), jnp.float32)
         bias = self.param("bias_scale", init, (self.max_layers,), jnp.float32)
         nodes = nodes * per_layer(bias, self.dtype)(topology.by_node("level"))[..., 0]

@@ -95,16 +95,16 @@ class BlockTopology:
 
     def min(self, edges: Edges) -> Float[Array, "... N d"]:
         """Least over the incoming edges of each node, 0 where there are none."""
-        return self._reduce(edges, jnp.min, jnp.minimum)
+        return self._reduce(edges, functools.partial(_extreme, jnp.min), jnp.minimum)
 
     def max(self, edges: Edges) -> Float[Array, "... N d"]:
         """Greatest over the incoming edges of each node, 0 where there are none."""
-        return self._reduce(edges, jnp.max, jnp.maximum)
+        return self._reduce(edges, functools.partial(_extreme, jnp.max), jnp.maximum)
 
     def _reduce(self, edges: Edges, over_axis: Callable, pairwise: Callable) -> Array:
         incoming: dict[int, Array] = {}
         for bundle, values in zip(self.bundles, edges, strict=True):
-            reduced = join_nodes(over_axis(values, axis=-2 if bundle.reverse else -3), bundle.target.layout)
+            reduced = join_nodes(over_axis(values, -2 if bundle.reverse else -3), bundle.target.layout)
             start = bundle.target.place.start
             incoming[start] = pairwise(incoming[start], reduced) if start in incoming else reduced
         lead, width = edges[0].shape[:-4], edges[0].shape[-1]
@@ -221,6 +221,41 @@ class BlockTopology:
         return flatten_groups(self.spec, result) if isinstance(graph, jraph.GraphsTuple) else result
 
 
+# XLA may compute the messages twice, once for their extreme and once to see which of them equal it, and round
+# differently (it does on CPU without optimization). JAX's own derivatives then divide zero by a count of zero.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 2))
+def _extreme(over_axis: Callable, values: Array, axis: int) -> Array:
+    """`jnp.min` or `jnp.max`, whose derivative is shared by what equals the extreme and is never NaN."""
+    return over_axis(values, axis=axis)
+
+
+@_extreme.defjvp
+def _extreme_jvp(over_axis: Callable, axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    values = jax.lax.optimization_barrier(primals[0])
+    best = _extreme(over_axis, values, axis)
+    chosen = (values == jnp.expand_dims(best, axis)).astype(values.dtype)
+    count = jnp.maximum(jnp.sum(chosen, axis=axis), 1)
+    return best, jnp.sum(chosen * tangents[0], axis=axis) / count
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+def _segment_extreme(over_segment: Callable, values: Array, segments: Array, count: int) -> Array:
+    """`jax.ops.segment_min` or `segment_max`, with the derivative of `_extreme`."""
+    return over_segment(values, segments, count)
+
+
+@_segment_extreme.defjvp
+def _segment_extreme_jvp(over_segment: Callable, count: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    values, segments = primals
+    values = jax.lax.optimization_barrier(values)
+    best = _segment_extreme(over_segment, values, segments, count)
+    chosen = (values == best[segments]).astype(values.dtype)
+    ties = jnp.maximum(jax.ops.segment_sum(chosen, segments, count), 1)
+    return best, jax.ops.segment_sum(chosen * tangents[0], segments, count) / ties
+
+
 def _spread(nodes: Array, end: _End, blocks: int, first: bool) -> Array:
     values = split_nodes(nodes[..., end.place, :], blocks, end.layout)
     return values[..., :, None, :] if first else values[..., None, :, :]
@@ -314,11 +349,11 @@ class ListTopology:
 
     def min(self, edges: Edges) -> Float[Array, "N d"]:
         values = jnp.where(self.real_edges, edges[0], jnp.inf)
-        return self._where_any(jax.ops.segment_min(values, self.receivers, self.num_nodes))
+        return self._where_any(_segment_extreme(jax.ops.segment_min, values, self.receivers, self.num_nodes))
 
     def max(self, edges: Edges) -> Float[Array, "N d"]:
         values = jnp.where(self.real_edges, edges[0], -jnp.inf)
-        return self._where_any(jax.ops.segment_max(values, self.receivers, self.num_nodes))
+        return self._where_any(_segment_extreme(jax.ops.segment_max, values, self.receivers, self.num_nodes))
 
     def _where_any(self, nodes: Array) -> Array:
         return jnp.where(self.degree() > 0, nodes, 0)
@@ -404,6 +439,7 @@ class ListTopology:
         """`[G, M]`: which places hold a node of the graph."""
         index = self.graph.globals.node_index
         own = self.graph.nodes.graph[index] == jnp.arange(self.num_graphs)[:, None]
+        own &= index == index[:, :1] + jnp.arange(self.max_nodes)  # past the end, the last node stands again and again
         return own & self.graph.nodes.mask[index] & self.graph.globals.mask[:, None]
 
     def _pair_index(self) -> tuple[Array, Array, Array]:

@@ -92,7 +92,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     sharding = NamedSharding(mesh, jax.P(DATA_AXIS))
     num_devices = mesh.local_mesh.size
 
-    def place(path: jax.tree_util.KeyPath, leaf: np.ndarray) -> jax.Array:
+    def place(path: jax.tree_util.KeyPath, leaf: Any) -> jax.Array:
         if np.ndim(leaf) == 0 or np.shape(leaf)[0] % num_devices:
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}: expected [rows, ...]"

@@ -1,0 +1,18 @@
+"""The README's Python runs as it stands."""
+
+import pathlib
+import re
+
+import jax
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def test_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 3
+    with jax.numpy_dtype_promotion("standard"):  # as users have it
+        exec("\n".join(blocks), {"__name__": "readme"})
+    change, shape = capsys.readouterr().out.strip().split("\n")
+    assert float(change) < 1e-5
+    assert shape == "(4, 10)"

@@ -1,6 +1,6 @@
 """Can one graph format serve padded mixed batches and networks of 25 million weights?
 
-Question 1: one NG-GNN layer on a batch of INRs (2-32-32-1), forward and backward, block by block and over the edge list:
+Question 1: one NG-GNN layer on a batch of INRs (2-32-32-1), forward and backward, by blocks and over the edge list:
 do both give the same numbers, and what does each cost?
 Question 2: the same layer, block by block, on the shapes of a ResNet-50 (convolutions, normalization scales as diagonal
 edges, biases as node features): does it run, in what time and with what peak memory?

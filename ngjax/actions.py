@@ -101,8 +101,8 @@ def check_actions(actions: Sequence[AxisAction]) -> None:
             fits, expected = False, "one of the kinds permutation, fixed, product, concat and stack"
         if not fits or (item.per and item.kind not in ("permutation", "stack")):
             raise ValueError(
-                f"action {item.id!r} of kind {item.kind} has size {item.size}, parts of sizes {sizes} and per {item.per}; "
-                f"expected {expected if not fits else 'no per'}"
+                f"action {item.id!r} of kind {item.kind} has size {item.size}, parts of sizes {sizes}, per {item.per}"
+                f"; expected {expected if not fits else 'no per'}"
             )
         known[item.id] = item
         if item.kind == "product":
@@ -114,7 +114,9 @@ def _check_siblings(actions: Actions, item: AxisAction) -> None:
         siblings = (*item.parts[:i], *item.parts[i + 1 :])
         for needed in itertools.chain(*dependencies(actions, part)):
             if sum(_count(actions, sibling, needed) for sibling in siblings) > 1:
-                raise ValueError(f"action {item.id!r}: part {part!r} depends on {needed!r}, which is there several times")
+                raise ValueError(
+                    f"action {item.id!r}: part {part!r} depends on {needed!r}, which is there several times"
+                )
 
 
 def is_free(actions: Actions, id: str) -> bool:
@@ -139,9 +141,11 @@ def dependencies(actions: Actions, id: str) -> tuple[tuple[str, ...], ...]:
     action = actions[id]
     by_part = [dependencies(actions, part) for part in action.parts]
     if action.kind == "stack":
-        merged = [tuple(dict.fromkeys(itertools.chain(*groups))) for groups in itertools.zip_longest(*by_part, fillvalue=())]
+        merged = [
+            tuple(dict.fromkeys(itertools.chain(*groups))) for groups in itertools.zip_longest(*by_part, fillvalue=())
+        ]
         return tuple(dict.fromkeys([action.per, *merged]))
-    groups = [(id,) for id in action.per]
+    groups: list[tuple[str, ...]] = [(id,) for id in action.per]
     for i, needed in enumerate(by_part):
         siblings = (*action.parts[:i], *action.parts[i + 1 :]) if action.kind == "product" else ()
         unbound = [tuple(d for d in group if not any(_count(actions, s, d) for s in siblings)) for group in needed]
@@ -171,7 +175,9 @@ def places_along(actions: Actions, id: str, other: str, places: np.ndarray) -> n
         return total
     if action.kind == "stack":
         # Whoever asks moves with the same part at the same place, so that the other parts do not matter.
-        return next((found for part in action.parts if (found := places_along(actions, part, other, places)) is not None), None)
+        return next(
+            (found for part in action.parts if (found := places_along(actions, part, other, places)) is not None), None
+        )
     return None
 
 

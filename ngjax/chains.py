@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from ngjax.spec import (
 )
 
 
-def mlp_spec(sizes: Sequence[int], *, activation: str = "relu", dtype: str = "float32") -> NeuralGraphSpec:
+def mlp_spec(sizes: Iterable[SupportsIndex], *, activation: str = "relu", dtype: Any = "float32") -> NeuralGraphSpec:
     """Spec of an MLP with parameters `{"layer_0": {"kernel": [n_0, n_1], "bias": [n_1]}, "layer_1": ...}`.
 
     Args:
@@ -38,10 +38,10 @@ def mlp_spec(sizes: Sequence[int], *, activation: str = "relu", dtype: str = "fl
     Raises:
       ValueError: fewer than two sizes, a size below one, an unknown activation.
     """
-    sizes = tuple(operator.index(n) for n in sizes)
+    widths = tuple(operator.index(n) for n in sizes)
     dtype = str(jnp.dtype(dtype))
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"an MLP needs at least two sizes, all positive; received {sizes}")
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"an MLP needs at least two sizes, all positive; received {widths}")
     layers = [
         DenseLayer(
             kernel=(PathKey("dict", f"layer_{i}"), PathKey("dict", "kernel")),
@@ -50,7 +50,7 @@ def mlp_spec(sizes: Sequence[int], *, activation: str = "relu", dtype: str = "fl
             source_axis=0,
             dtypes=(dtype, dtype),
         )
-        for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes))
+        for i, (n_in, n_out) in enumerate(itertools.pairwise(widths))
     ]
     template = {
         f"layer_{i}": {"bias": 0, "kernel": 0} for i in range(len(layers))
@@ -83,6 +83,7 @@ def chain_spec(
       layers: from input to output.
       activation: of the hidden layers.
       order: paths of all leaves in the order of `treedef`.
+      treedef: of the pytree.
       others: leaves without a home (not floating).
 
     Raises:
@@ -156,8 +157,8 @@ def infer_spec(params: Any, *, activation: str = "relu") -> NeuralGraphSpec:
 
     This is the way to get a spec that *assumes*: layers follow one another in natural order of their names (`Dense_2`
     before `Dense_10`), and a kernel called `kernel` (Flax Linen and NNX) or `w` (Haiku) is `[in, out]`, one called
-    `weight` (Equinox, PyTorch) is `[out, in]`. Flat dicts with dotted names (PyTorch) or slashes are read too. Leaves may be
-    abstract (`jax.ShapeDtypeStruct`). Integer and key leaves are left without a home.
+    `weight` (Equinox, PyTorch) is `[out, in]`. Flat dicts with dotted names (PyTorch) or slashes are read too. Leaves
+    may be abstract (`jax.ShapeDtypeStruct`). Integer and key leaves are left without a home.
 
     Args:
       params: the parameter pytree.
@@ -185,8 +186,8 @@ def infer_spec(params: Any, *, activation: str = "relu") -> NeuralGraphSpec:
         rank = {"bias": 1, "kernel": 2}.get(slot or "")
         if slot is None or len(shape) != rank:
             raise ValueError(
-                f"leaf {where} {shape} is not the kernel or bias of a dense layer (expected kernel, w or weight with two "
-                f"axes, bias or b with one); {_ADVICE}"
+                f"leaf {where} {shape} is not the kernel or bias of a dense layer (expected kernel, w or weight with "
+                f"two axes, bias or b with one); {_ADVICE}"
             )
         found = layers.setdefault(tuple(map(str, prefix)), {})
         if slot in found:
@@ -221,8 +222,8 @@ def _dense_layer(prefix: tuple[Any, ...], found: dict[str, tuple[Path, Any]]) ->
     n_out = kernel.shape[1 - source_axis]
     if bias is not None and bias.shape[0] != n_out:
         raise ValueError(
-            f"layer {name}: the kernel {format_path(kernel_path)} {tuple(kernel.shape)} has {n_out} outputs, but the bias "
-            f"has {bias.shape[0]} entries; {_ADVICE}"
+            f"layer {name}: the kernel {format_path(kernel_path)} {tuple(kernel.shape)} has {n_out} outputs, but the "
+            f"bias has {bias.shape[0]} entries; {_ADVICE}"
         )
     dtypes = (str(kernel.dtype), str(kernel.dtype if bias is None else bias.dtype))
     return DenseLayer(kernel_path, bias_path, tuple(kernel.shape), source_axis, dtypes)
@@ -243,7 +244,7 @@ def _natural_order(prefix: tuple[Any, ...]) -> list[tuple[int, int, str]]:
     """Sorts numbers inside names by value: `Dense_2` before `Dense_10`, and `linear` before `linear_1`."""
     key: list[tuple[int, int, str]] = []
     for part in prefix:
-        for piece in re.findall(r"\d+|\D+", str(part)):
-            key.append((0, int(piece), "") if piece.isdigit() else (1, 0, piece))
+        pieces = re.findall(r"\d+|\D+", str(part))
+        key += [(0, int(piece), "") if piece[0].isdigit() else (1, 0, piece) for piece in pieces]
         key.append((-1, 0, ""))
     return key

@@ -188,10 +188,10 @@ def to_params(
     homeless = next((param for param in spec.params if not param.is_floating), None)
     if like is None and homeless is not None:
         raise ValueError(
-            f"parameter {format_path(homeless.path)} is {homeless.dtype} and has no home in the graph: pass like= with a "
-            "pytree that holds it"
+            f"parameter {format_path(homeless.path)} is {homeless.dtype} and has no home in the graph: pass like= with "
+            "a pytree that holds it"
         )
-    given = [None] * len(spec.params) if like is None else spec.flatten(like)
+    given: list[Any] = [None] * len(spec.params) if like is None else spec.flatten(like)
     mixed = len({param.dtype for param in spec.params if param.is_floating}) > 1
     dtypes: list[Any] = [leaf.dtype for leaf in given] if like is not None else [p.dtype for p in spec.params]
     # Without x64 a float64 leaf (of numpy, say) became float32 on its way into JAX, and stays so.
@@ -247,7 +247,7 @@ def _leaves_with_features(spec: NeuralGraphSpec, params: Any, feature_axis: bool
     if has_features is None:
         _raise_shape_error(floating)
     arrays = [jnp.asarray(leaf) if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)]
-    # Nodes and edges share one dtype that holds all leaves exactly, also for users who forbid such promotions elsewhere.
+    # Nodes and edges share one dtype that holds all leaves exactly, also for users who forbid implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*(array.dtype for array in arrays if array is not None))
     return [a if a is None or has_features else a[..., None] for a in arrays], dtype
@@ -346,8 +346,8 @@ def _check_groups(spec: NeuralGraphSpec, grouped: GroupedGraph) -> None:
 def to_graph(spec: NeuralGraphSpec, params: Any, *, feature_axis: bool | None = None) -> jraph.GraphsTuple:
     """The weights as a `jraph.GraphsTuple` with `NodeData`, `EdgeData` and `GlobalData`.
 
-    Arguments and errors are those of `to_groups`. Leading batch axes of the leaves stand in front of the features alone:
-    the wiring is the same for all.
+    Arguments and errors are those of `to_groups`. Leading batch axes of the leaves stand in front of the features
+    alone: the wiring is the same for all.
     """
     return flatten_groups(spec, to_groups(spec, params, feature_axis=feature_axis))
 
@@ -499,9 +499,7 @@ def split_nodes(
     return nodes.reshape(*nodes.shape[:-2], blocks, nodes.shape[-2] // blocks, nodes.shape[-1])
 
 
-def join_nodes(
-    blocked: Shaped[Array, "... blocks m d"], layout: NodeLayout | None = None
-) -> Shaped[Array, "... n d"]:
+def join_nodes(blocked: Shaped[Array, "... blocks m d"], layout: NodeLayout | None = None) -> Shaped[Array, "... n d"]:
     """The inverse of `split_nodes`."""
     *lead, blocks, size, width = blocked.shape
     if layout is None:

@@ -34,7 +34,6 @@ from ngjax.actions import (
     check_actions,
     check_neighbours,
     dependencies,
-    index_array,
     is_free,
     letters,
     neighbours,
@@ -364,10 +363,10 @@ class NeuralGraphSpec:
         return group.blocks, source // group.blocks, target // group.blocks
 
     def block_places(self, group: EdgeGroup, end: Literal["source", "target"]) -> np.ndarray:
-        """Places of an edge group's source or target neurons within their node group, `[blocks, neurons of a block]`."""
+        """Places of an edge group's source or target neurons in their node group, `[blocks, neurons of a block]`."""
         nodes = self.node_group[getattr(group, end)]
         layout: NodeLayout | None = getattr(group, f"{end}_layout")
-        places = np.arange(nodes.size, dtype=np.int32)
+        places: np.ndarray = np.arange(nodes.size, dtype=np.int32)
         if layout is not None:
             places = places.reshape(layout.splits).transpose(*layout.block, *layout.rest)
         return places.reshape(group.blocks, -1)
@@ -440,8 +439,8 @@ class NeuralGraphSpec:
         for plain, param in expected.items():
             if plain not in leaves:
                 raise ValueError(
-                    f"parameter {format_path(param.path)} {param.shape} of the spec is missing: these parameters are of "
-                    f"another architecture; they have {_summary(leaves)}"
+                    f"parameter {format_path(param.path)} {param.shape} of the spec is missing: these parameters are "
+                    f"of another architecture; they have {_summary(leaves)}"
                 )
         for plain in leaves:
             if plain not in expected:
@@ -454,8 +453,8 @@ class NeuralGraphSpec:
         """A pytree with `leaves` in the order of `self.params`, of the type of `like` where it is given.
 
         Raises:
-          ValueError: the tree holds containers other than dicts, lists and tuples, and neither a treedef nor `like` says
-            how to build them.
+          ValueError: the tree holds containers other than dicts, lists and tuples, and neither a treedef nor `like`
+            says how to build them.
         """
         if like is not None:
             by_path = {path_keys(p.path): leaf for p, leaf in zip(self.params, leaves, strict=True)}
@@ -536,24 +535,22 @@ def flatten_with_path(tree: Any) -> tuple[list[tuple[Path, Any]], jax.tree_util.
 def _path(tree: Any, keys: tuple[Any, ...]) -> Path:
     path = []
     node = tree
-    for key in keys:
+    for i, key in enumerate(keys):
         if isinstance(key, jax.tree_util.DictKey):
             path.append(PathKey("dict", key.key))
-            node = _get(node, key.key)
         elif isinstance(key, jax.tree_util.SequenceKey):
             path.append(PathKey("tuple" if type(node) is tuple else "list", key.idx))
-            node = _get(node, key.idx)
         else:
-            name = getattr(key, "name", getattr(key, "key", str(key)))
-            path.append(PathKey("attr", name))
-            node = getattr(node, name, None) if isinstance(name, str) else None
+            path.append(PathKey("attr", getattr(key, "name", getattr(key, "key", str(key)))))
+        if i < len(keys) - 1:  # the leaf itself is not looked at: NNX warns where one does
+            node = _child(node, path[-1])
     return tuple(path)
 
 
-def _get(node: Any, key: Any) -> Any:
+def _child(node: Any, step: PathKey) -> Any:
     try:
-        return node[key]
-    except (TypeError, KeyError, IndexError):
+        return getattr(node, step.key) if step.kind == "attr" else node[step.key]
+    except (AttributeError, TypeError, KeyError, IndexError):
         return None
 
 
@@ -563,9 +560,12 @@ def path_keys(path: Path) -> tuple[Any, ...]:
 
 
 def _summary(plain_paths: Iterable[tuple[Any, ...]]) -> str:
-    names = ["/".join(map(str, plain)) for plain in plain_paths]
-    shown = ", ".join(names[:6])
-    return f"{shown}, ... ({len(names)} leaves)" if len(names) > 6 else shown
+    return _shortened(["/".join(map(str, plain)) for plain in plain_paths])
+
+
+def _shortened(names: Sequence[str], most: int = 6) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > most else shown
 
 
 def _nest(paths: Sequence[Path], leaves: Sequence[Any]) -> Any:
@@ -574,8 +574,8 @@ def _nest(paths: Sequence[Path], leaves: Sequence[Any]) -> Any:
     kinds = {path[0].kind for path in paths}
     if kinds == {"attr"} or len(kinds) > 1:
         raise ValueError(
-            f"the tree holds an object with {paths[0][0].key!r} in it, which only its own class can rebuild: pass like= "
-            "with a pytree of that class"
+            f"the tree holds an object with {paths[0][0].key!r} in it, which only its own class can rebuild: pass "
+            "like= with a pytree of that class"
         )
     children: dict[Any, list[int]] = {}
     for i, path in enumerate(paths):
@@ -588,8 +588,8 @@ def _nest(paths: Sequence[Path], leaves: Sequence[Any]) -> Any:
         return built
     if sorted(built) != list(range(len(built))):
         raise ValueError(
-            f"the tree holds a {kind} with leaves at {sorted(built)} and something without leaves between them: pass like= "
-            "with such a tree"
+            f"the tree holds a {kind} with leaves at {sorted(built)} and something without leaves between them: pass "
+            "like= with such a tree"
         )
     ordered = [built[key] for key in sorted(built)]
     return ordered if kind == "list" else tuple(ordered)
@@ -632,7 +632,9 @@ def _check_nodes(spec: NeuralGraphSpec) -> None:
         raise ValueError("node groups must be in the order inputs, hidden, outputs")
     levels = [group.level for group in spec.node_groups if group.role == "hidden"]
     if levels != sorted(levels) or any((group.level == 0) != (group.role == "input") for group in spec.node_groups):
-        raise ValueError("levels must be 0 for inputs, positive for others and not decrease from one hidden group to the next")
+        raise ValueError(
+            "levels must be 0 for inputs, positive for others and not decrease from one hidden group to the next"
+        )
     for group in spec.node_groups:
         where = f"node group {group.name!r}"
         try:
@@ -755,36 +757,58 @@ def _overlap(a: ParamView, b: ParamView) -> bool:
     return True
 
 
-def _check_moves(spec: NeuralGraphSpec, samples: int = 512) -> None:
+def _check_moves(spec: NeuralGraphSpec) -> None:
     """Permuting the axes of the parameters must be the same as permuting nodes: tried on permutations that tell."""
     rng = np.random.default_rng(0)
-    for perms in _telling_permutations(spec):
-        nodes = {group.name: index_array(spec.action, perms, group.axis) for group in spec.node_groups}
-        for node_group in spec.node_groups:
-            if node_group.bias is not None:
-                places = _sample(rng, node_group.bias.shape, samples)
-                expected = (*places[:2], nodes[node_group.name][places[2]], places[3])
-                _check_entries(spec, perms, node_group.bias, places, expected, f"the neurons of {node_group.name!r}")
-        for group in spec.edge_groups:
-            source, target = (spec.block_places(group, end) for end in ("source", "target"))
-            places = _sample(rng, (*spec.edge_block_shape(group), group.kernel_size), samples)
-            b, i, o, k = places
-            b_source, i = _find(source, nodes[group.source][source[b, i]])
-            b_target, o = _find(target, nodes[group.target][target[b, o]])
-            ends = f"the neurons of {group.source!r} and {group.target!r}"
-            if (b_source != b_target).any():
-                raise ValueError(f"edge group {group.name!r}: {ends} do not move so that its blocks stay together")
-            if group.view is not None:
-                _check_entries(spec, perms, group.view, places, (b_source, i, o, k), ends)
-        for view in spec.loose:
-            places = _sample(rng, view.shape, samples)
-            _check_entries(spec, perms, view, places, places, "loose scalars, which stay in place,")
+    trials = _telling_permutations(spec)
+    ids = dict.fromkeys([*(id for param in spec.params for id in param.axes), *(g.axis for g in spec.node_groups)])
+    tables = {id: _moves(spec, trials, id) for id in ids if not dependencies(spec.action, id)}
+
+    def check(view: ParamView, trial: np.ndarray, new: Places, old: Places, who: str) -> None:
+        """Raises where what stands at new places of the view does not come from the old ones."""
+        param = spec.params[view.param]
+        new_entry, old_entry = _param_places(view, new), _param_places(view, old)
+        for axis, id in enumerate(param.axes):
+            if id in tables:
+                moved = tables[id][trial, new_entry[axis]]
+            else:
+                around = neighbours(spec.action, param.axes, new_entry, axis)
+                moved = old_places(spec.action, _at(trials, trial), id, new_entry[axis], around)
+            if (moved != old_entry[axis]).any():
+                raise ValueError(
+                    f"parameter {format_path(param.path)} {param.shape}, axis {axis}: its action {id!r} does not move "
+                    f"it as {who} move"
+                )
+
+    for node_group in spec.node_groups:
+        if node_group.bias is not None:
+            trial, *new = _sample(rng, trials, node_group.bias.shape)
+            old = (*new[:2], tables[node_group.axis][trial, new[2]], new[3])
+            check(node_group.bias, trial, tuple(new), old, f"the neurons of {node_group.name!r}")
+    for group in spec.edge_groups:
+        trial, b, i, o, k = _sample(rng, trials, (*spec.edge_block_shape(group), group.kernel_size))
+        source, target = (spec.block_places(group, end) for end in ("source", "target"))
+        b_source, old_i = _find(source, tables[spec.node_group[group.source].axis][trial, source[b, i]])
+        b_target, old_o = _find(target, tables[spec.node_group[group.target].axis][trial, target[b, o]])
+        ends = f"the neurons of {group.source!r} and {group.target!r}"
+        if (b_source != b_target).any():
+            raise ValueError(f"edge group {group.name!r}: {ends} do not move so that its blocks stay together")
+        if group.view is not None:
+            check(group.view, trial, (b, i, o, k), (b_source, old_i, old_o, k), ends)
+    for view in spec.loose:
+        trial, *new = _sample(rng, trials, view.shape)
+        check(view, trial, tuple(new), tuple(new), "loose scalars, which stay in place,")
 
 
-def _telling_permutations(spec: NeuralGraphSpec) -> Iterable[dict[str, np.ndarray]]:
-    """A few sets of permutations in which no two independent ones always move alike, nor one never.
+Places = tuple[np.ndarray, ...]
+Trials = dict[str, np.ndarray]
 
-    Number `j` (each place of `per` has its own) is rotated in the sets that the binary digits of `j + 1` name.
+
+def _telling_permutations(spec: NeuralGraphSpec) -> Trials:
+    """Index arrays `[trials, *places of per, size]` of a few permutations of everything at once.
+
+    No two independent permutations always move alike in them, nor one never: number `j` of them (each place of `per`
+    has its own) is rotated in those trials that the binary digits of `j + 1` name.
     """
     shapes = {
         action.id: (*(spec.action[id].size for id in action.per), action.size)
@@ -792,23 +816,48 @@ def _telling_permutations(spec: NeuralGraphSpec) -> Iterable[dict[str, np.ndarra
         if action.kind == "permutation"
     }
     count = sum(math.prod(shape[:-1]) for shape in shapes.values())
-    for digit in range(count.bit_length()):
-        perms, start = {}, 1
-        for id, (*lead, size) in shapes.items():
-            number = np.arange(start, start + math.prod(lead)).reshape(*lead, 1)
-            perms[id] = ((np.arange(size) + (number >> digit) % 2) % size).astype(np.int32)
-            start += math.prod(lead)
-        yield perms
+    digits = np.arange(max(count.bit_length(), 1))
+    trials, start = {}, 1
+    for id, (*lead, size) in shapes.items():
+        number = np.arange(start, start + math.prod(lead)).reshape(*lead, 1)
+        rotated = number >> digits.reshape(-1, *[1] * number.ndim) & 1
+        trials[id] = ((np.arange(size) + rotated) % size).astype(np.int32)
+        start += math.prod(lead)
+    return trials
 
 
-Places = tuple[np.ndarray, ...]
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """The index array of a permutation in one trial, or in as many as there are places."""
+
+    array: np.ndarray
+    trial: np.ndarray
+
+    def __getitem__(self, places: Any) -> np.ndarray:
+        return self.array[(self.trial, *places)]
 
 
-def _sample(rng: np.random.Generator, shape: tuple[int, ...], samples: int) -> Places:
-    """Coordinates of all entries of an array, or of some."""
+def _at(trials: Trials, trial: np.ndarray) -> dict[str, _Trial]:
+    return {id: _Trial(array, trial) for id, array in trials.items()}
+
+
+def _moves(spec: NeuralGraphSpec, trials: Trials, id: str) -> np.ndarray:
+    """Old places along an axis in each trial, `[trials, size]`."""
+    number, size = _num_trials(trials), spec.action[id].size
+    trial, places = np.indices((number, size), dtype=np.int32)
+    return old_places(spec.action, _at(trials, trial), id, places, lambda other: None)
+
+
+def _num_trials(trials: Trials) -> int:
+    return len(next(iter(trials.values()), [None]))
+
+
+def _sample(rng: np.random.Generator, trials: Trials, shape: tuple[int, ...], most: int = 1024) -> list[np.ndarray]:
+    """Numbers of trials, and coordinates in an array: all combinations, or some."""
+    shape = (_num_trials(trials), *shape)
     total = math.prod(shape)
-    flat = np.arange(total) if total <= samples else rng.integers(total, size=samples)
-    return tuple(coordinate.astype(np.int32) for coordinate in np.unravel_index(flat, shape))
+    flat = np.arange(total) if total <= most else rng.integers(total, size=most)
+    return [coordinate.astype(np.int32) for coordinate in np.unravel_index(flat, shape)]
 
 
 def _find(table: np.ndarray, values: np.ndarray) -> Places:
@@ -816,28 +865,14 @@ def _find(table: np.ndarray, values: np.ndarray) -> Places:
     return np.unravel_index(np.argsort(table, axis=None)[values], table.shape)
 
 
-def _check_entries(
-    spec: NeuralGraphSpec, perms: dict[str, np.ndarray], view: ParamView, new: Places, old: Places, who: str
-) -> None:
-    """Raises where what stands at `new` places of a view comes from others than `old`."""
-    param = spec.params[view.param]
-    new_entry, old_entry = _param_places(view, new), _param_places(view, old)
-    for axis, id in enumerate(param.axes):
-        around = neighbours(spec.action, param.axes, new_entry, axis)
-        moved = old_places(spec.action, perms, id, new_entry[axis], around)
-        if (moved != old_entry[axis]).any():
-            raise ValueError(
-                f"parameter {format_path(param.path)} {param.shape}, axis {axis}: its action {id!r} does not move it as "
-                f"{who} move"
-            )
-
-
 def _param_places(view: ParamView, places: Places) -> list[np.ndarray]:
     """Places along each axis of the parameter for coordinates `[blocks, source, target, kernel]` of the view."""
     factors = view.factors
     coordinates = [np.zeros_like(places[0])] * len(factors)
     for roles, place in zip((view.block, view.source, view.target, view.kernel), places, strict=True):
-        for i, coordinate in zip(roles, np.unravel_index(place, [factors[i] for i in roles]) if roles else (), strict=True):
+        for i, coordinate in zip(
+            roles, np.unravel_index(place, [factors[i] for i in roles]) if roles else (), strict=True
+        ):
             coordinates[i] = coordinate
     rows = iter(coordinates)
     result = []
@@ -899,11 +934,7 @@ def _table(spec: NeuralGraphSpec) -> str:
             return "-"
         param = spec.params[view.param]
         text = f"{format_path(param.path)} {list(param.shape)}"
-        if view.sizes != param.shape:
-            text += " at " + ", ".join(
-                f"{start}:{start + size}" for start, size in zip(view.starts, view.sizes, strict=True)
-            )
-        return text
+        return text if view.sizes == param.shape else f"{text} at [{', '.join(_window_text(spec, view))}]"
 
     def kind(group: EdgeGroup) -> str:
         blocks, n_in, n_out = spec.edge_block_shape(group)
@@ -917,8 +948,11 @@ def _table(spec: NeuralGraphSpec) -> str:
         + (f", {spec.num_loose:,} of them loose" if spec.num_loose else "")
     ]
     lines += _columns(
-        ("node group", "size", "role", "level", "activation", "bias"),
-        [(g.name, str(g.size), g.role, str(g.level), g.activation, view_text(g.bias)) for g in spec.node_groups],
+        ("node group", "size", "role", "level", "moves as", "activation", "bias"),
+        [
+            (g.name, str(g.size), g.role, str(g.level), g.axis, g.activation, view_text(g.bias))
+            for g in spec.node_groups
+        ],
     )
     lines += _columns(
         ("edge group", "from", "to", "kind", "weights"),
@@ -933,16 +967,39 @@ def _table(spec: NeuralGraphSpec) -> str:
             for g in spec.edge_groups
         ],
     )
-    free = [a for a in spec.actions if a.kind == "permutation"]
     lines += _columns(
         ("free permutation", "size", "one per"),
-        [(a.id, str(a.size), " x ".join(a.per) or "-") for a in free],
+        [(a.id, str(a.size), " x ".join(a.per) or "-") for a in spec.actions if a.kind == "permutation"],
+    )
+    lines += _columns(
+        ("built of these", "size", "how"),
+        [(a.id, str(a.size), _word(a)) for a in spec.actions if a.parts],
     )
     lines += _columns(
         ("pinned", "by", "axes"),
-        [(p.id, p.reason, ", ".join(f"{path}[{axis}]" for path, axis in p.axes)) for p in spec.pinned],
+        [(p.id, p.reason, _shortened([f"{path}[{axis}]" for path, axis in p.axes])) for p in spec.pinned],
     )
     return "\n".join(lines)
+
+
+def _window_text(spec: NeuralGraphSpec, view: ParamView) -> Iterable[str]:
+    """Which places along each axis, as one would index an array; `8 + 3x4 by 17, 1` for places with gaps."""
+    for axis, length in enumerate(spec.params[view.param].shape):
+        start, size = view.starts[axis], view.sizes[axis]
+        if not view.is_slice(axis):
+            split, steps = view.splits[axis], view.strides[axis]
+            yield f"{start} + {'x'.join(map(str, split))} by {', '.join(map(str, steps))}"
+        elif size == length:
+            yield ":"
+        else:
+            yield str(start) if size == 1 else f"{start}:{start + size}"
+
+
+def _word(action: AxisAction) -> str:
+    """How an action is built, long lists shortened."""
+    parts = action.parts if len(action.parts) <= 4 else (*action.parts[:3], "...", action.parts[-1])
+    joined = {"product": " x ", "concat": " + ", "stack": ", "}[action.kind].join(parts)
+    return f"{joined}, one for each of {action.per[0]}" if action.kind == "stack" else joined
 
 
 def _columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:

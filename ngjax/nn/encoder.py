@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ngjax.actions import orbits
 from ngjax.graph import GroupedGraph, to_groups
+from ngjax.nn.linear import Dense
 from ngjax.nn.probes import ProbeEncoder, probe_values
 from ngjax.nn.topology import BlockTopology, Edges, Topology
 from ngjax.spec import ROLES, NeuralGraphSpec
@@ -22,7 +23,7 @@ from ngjax.trig import sincos
 
 
 class WeightStatistics(NamedTuple):
-    """Mean and standard deviation of a zoo's weights and biases, one number per layer (level of the target minus one)."""
+    """Mean and deviation of a zoo's weights and biases, one number per layer (level of the target minus one)."""
 
     weight_mean: tuple[float, ...]
     weight_std: tuple[float, ...]
@@ -139,13 +140,17 @@ class KernelDense(nn.Module):
         kernel = kernel[kernel_index(grid, self.kernel_range)]
         if x.shape[-2:] == (1, 1):
             return x[..., 0, :] * kernel[0, 0] + bias
-        return jnp.einsum("...kc,kcd->...d", x, kernel) + bias
+        flat = x.reshape(-1, x.shape[-2] * channels) @ kernel.reshape(-1, self.features)
+        return flat.reshape(*x.shape[:-2], self.features) + bias
 
 
 def fourier_features(x: Float[Array, "... K C"], frequencies: Float[Array, "K C m"]) -> Float[Array, "... 1 M"]:
     """`[cos(2 pi B x), sin(2 pi B x)]`, cosines first (Tancik et al. 2020, section 4)."""
     # In turns: the whole turns are dropped before the multiplication by 2 pi, exactly.
-    turns = jnp.einsum("...kc,kcm->...m", x, frequencies)[..., None, :]
+    if x.shape[-2:] == (1, 1):
+        turns = x * frequencies[0, 0]
+    else:
+        turns = jnp.einsum("...kc,kcm->...m", x, frequencies, precision="highest")[..., None, :]
     sin, cos = sincos(2 * math.pi * (turns - jnp.round(turns)))
     return jnp.concatenate([cos, sin], axis=-1)
 
@@ -168,10 +173,9 @@ class GraphEncoder(nn.Module):
     def __call__(
         self, topology: Topology, nodes: Float[Array, "... N F"], edges: Edges
     ) -> tuple[Float[Array, "... N d"], Edges, Float[Array, " c"], Float[Array, "... N P"] | None]:
-        """Features of nodes, of edges (backward ones after the forward ones) and of a non-edge, and the probe values."""
+        """Features of nodes, of edges (backward ones last) and of a non-edge, and the probe values."""
         config = self.config
-        if config.positions or config.num_probes:
-            nodes = self._check_fits(topology, nodes)
+        fits = self._fits_tables(topology) if config.positions or config.num_probes else None
         probes = None
         if config.num_probes:
             probes = self._probe_values(topology, nodes, edges)
@@ -182,8 +186,8 @@ class GraphEncoder(nn.Module):
         project_edges = self._projection(
             "edge", self.edge_features, edges[0].shape[-1], config.kernel_range, config.reverse_edges
         )
-        node_map = nn.Dense(self.node_features, dtype=self.dtype, name="node_out")
-        edge_map = nn.Dense(self.edge_features, dtype=self.dtype, name="edge_out")
+        node_map = Dense(self.node_features, dtype=self.dtype, name="node_out")
+        edge_map = Dense(self.edge_features, dtype=self.dtype, name="edge_out")
 
         if config.zero_biases:
             node_values = jnp.zeros((*nodes.shape[:-1], self.node_features), self.dtype)
@@ -196,6 +200,8 @@ class GraphEncoder(nn.Module):
         node_values = node_map(node_values)
         if config.positions:
             node_values = node_values + self._positions(topology)
+        if fits is not None:
+            node_values = jnp.where(fits, node_values, jnp.nan)
 
         def encode_edges(x: Array, grid: tuple[int, int, int], backward: bool = False) -> Array:
             if config.zero_weights:
@@ -221,7 +227,7 @@ class GraphEncoder(nn.Module):
             dtype=self.dtype,
             name=f"{kind}_in_0",
         )
-        rest = [nn.Dense(width, dtype=self.dtype, name=f"{kind}_in_{i}") for i in range(1, config.depth)]
+        rest = [Dense(width, dtype=self.dtype, name=f"{kind}_in_{i}") for i in range(1, config.depth)]
         frequencies = None
         if has_fourier:
             shape = (math.prod(kernel_range), channels * (3 if reverse else 1), config.fourier_frequencies)
@@ -248,18 +254,19 @@ class GraphEncoder(nn.Module):
     def _table_sizes(self) -> tuple[int, int, int]:
         return self.config.max_inputs, self.config.max_hidden_layers, self.config.max_outputs
 
-    def _check_fits(self, topology: Topology, nodes: Array) -> Array:
-        """Raises where a network is larger than the tables; in an edge list, whose sizes are not known, nodes get NaN."""
+    def _fits_tables(self, topology: Topology) -> Bool[Array, "N 1"] | None:
+        """Raises where a network is larger than the tables; for an edge list, whose sizes are not known, says where."""
         sizes = self._table_sizes()
         if isinstance(topology, BlockTopology):
             for role, size, name in zip(ROLES, sizes, ("max_inputs", "max_hidden_layers", "max_outputs"), strict=True):
                 used = topology.spec.num_positions(role)
                 if used > size:
-                    raise ValueError(f"the network uses {used} {role} positions, more than {name}={size} of the encoder")
-            return nodes
+                    raise ValueError(
+                        f"the network uses {used} {role} positions, more than {name}={size} of the encoder"
+                    )
+            return None
         fields = topology.graph.nodes
-        fits = ~fields.mask | (fields.position < jnp.asarray(sizes)[fields.role])
-        return jnp.where(fits[:, None], nodes, jnp.nan)
+        return (fields.position < jnp.asarray(sizes)[fields.role])[:, None]
 
     def _positions(self, topology: Topology) -> Float[Array, "N d"]:
         sizes = self._table_sizes()

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ngjax.graph import GroupedGraph
 from ngjax.nn.encoder import EncoderConfig, GraphEncoder
+from ngjax.nn.linear import Dense
 from ngjax.nn.topology import Edges, Scope, Topology, read_graph
 from ngjax.spec import NeuralGraphSpec
 
@@ -60,11 +61,11 @@ class PNALayer(nn.Module):
         self, topology: Topology, nodes: Float[Array, "... N d"], edges: Edges, mean_log_degree: float | Array
     ) -> Float[Array, "... N d"]:
         """New node features."""
-        film = nn.Dense(2 * self.features, dtype=self.dtype, name="film")
+        film = Dense(2 * self.features, dtype=self.dtype, name="film")
         # One linear map of [target, source], taken apart: on nodes rather than on edges.
-        of_target = topology.target(nn.Dense(self.features, dtype=self.dtype, name="message_target")(nodes))
+        of_target = topology.target(Dense(self.features, dtype=self.dtype, name="message_target")(nodes))
         of_source = topology.source(
-            nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="message_source")(nodes)
+            Dense(self.features, use_bias=False, dtype=self.dtype, name="message_source")(nodes)
         )
 
         def message(edge: Array, target: Array, source: Array) -> Array:
@@ -74,9 +75,9 @@ class PNALayer(nn.Module):
         messages = tuple(map(message, edges, of_target, of_source))
         wide = jnp.promote_types(self.dtype, jnp.float32)
         incoming = aggregate(topology, tuple(m.astype(wide) for m in messages), mean_log_degree)
-        update = nn.Dense(self.features, dtype=self.dtype, name="update")
+        update = Dense(self.features, dtype=self.dtype, name="update")
         mixed = update(jnp.concatenate([nodes.astype(wide), incoming], axis=-1))
-        return nn.Dense(self.features, dtype=self.dtype, name="mix")(mixed)
+        return Dense(self.features, dtype=self.dtype, name="mix")(mixed)
 
 
 class EdgeUpdate(nn.Module):
@@ -87,10 +88,10 @@ class EdgeUpdate(nn.Module):
 
     @nn.compact
     def __call__(self, topology: Topology, nodes: Float[Array, "... N d"], edges: Edges) -> Edges:
-        of_edge = nn.Dense(self.features, dtype=self.dtype, name="edge")
-        out = nn.Dense(self.features, dtype=self.dtype, name="out")
-        of_source = topology.source(nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="source")(nodes))
-        of_target = topology.target(nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="target")(nodes))
+        of_edge = Dense(self.features, dtype=self.dtype, name="edge")
+        out = Dense(self.features, dtype=self.dtype, name="out")
+        of_source = topology.source(Dense(self.features, use_bias=False, dtype=self.dtype, name="source")(nodes))
+        of_target = topology.target(Dense(self.features, use_bias=False, dtype=self.dtype, name="target")(nodes))
         return tuple(
             out(nn.silu(of_edge(edge) + source + target))
             for edge, source, target in zip(edges, of_source, of_target, strict=True)

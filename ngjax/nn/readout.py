@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from ngjax.graph import GlobalData, GroupedGraph
 from ngjax.nn.encoder import WeightStatistics, destandardize, kernel_index, per_layer
+from ngjax.nn.linear import Dense
 from ngjax.nn.topology import BlockTopology, Edges, Topology, read_graph
 from ngjax.spec import NeuralGraphSpec
 
@@ -62,13 +63,14 @@ def _pool_pairs(topology: Topology, edges: Edges, globals_: GlobalData, pooling:
         return jnp.mean(pairs, axis=(-3, -2)) if pooling == "mean_edge" else jnp.max(pairs, axis=(-3, -2))
     both = (mask[..., :, None] & mask[..., None, :])[..., None]
     if pooling == "mean_edge":
-        return jnp.sum(jnp.where(both, pairs, 0), axis=(-3, -2)) / jnp.maximum(jnp.sum(both, axis=(-3, -2)), 1)
+        count = jnp.maximum(jnp.sum(both.astype(pairs.dtype), axis=(-3, -2)), 1)
+        return jnp.sum(jnp.where(both, pairs, 0), axis=(-3, -2)) / count
     greatest = jnp.max(jnp.where(both, pairs, -jnp.inf), axis=(-3, -2))
     return jnp.where(jnp.any(mask, axis=-1)[..., None], greatest, 0)  # padding graphs have no pairs
 
 
 class GraphReadout(nn.Module):
-    """One vector per network: pooling and a perceptron. The result is `[..., features]`, `[G, features]` for edge lists.
+    """One vector per network: pooling and a perceptron. The result is `[..., features]`, in edge lists `[G, features]`.
 
     Attributes:
       features: width of the result (classes, predicted numbers).
@@ -121,9 +123,9 @@ class GraphReadout(nn.Module):
             outputs = topology.output_nodes(topology.mask_nodes(globals_.probes), self.num_outputs)
             x = jnp.concatenate([x, outputs.reshape(*outputs.shape[:-2], -1).astype(x.dtype)], axis=-1)
         for i in range(self.num_hidden):
-            x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype, name=f"dense_{i}")(x))
+            x = nn.relu(Dense(self.hidden, dtype=self.dtype, name=f"dense_{i}")(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.features, dtype=self.dtype, name=f"dense_{self.num_hidden}")(x)
+        return Dense(self.features, dtype=self.dtype, name=f"dense_{self.num_hidden}")(x)
 
 
 class ParamsReadout(nn.Module):
@@ -133,10 +135,10 @@ class ParamsReadout(nn.Module):
       features: numbers per parameter.
       statistics: outputs are multiplied by these deviations and shifted by these means, layer by layer, as if they were
         standardized weights; `None` leaves them as they are.
-      output_scale: initial value of one learned factor per layer for weights and one for biases; `None` for no factors.
+      output_scale: initial value of a learned factor per layer for weights and one for biases; `None` for none.
       max_layers: layers with factors of their own.
-      bias_alignment: `"reference"` reads biases from nodes that stand as many places too early as the network has inputs,
-        as the PyTorch implementation of the paper does in its NG-GNN editor, which is then not equivariant; needs a
+      bias_alignment: `"reference"` reads biases from nodes that stand as many places too early as the network has
+        inputs, as the PyTorch implementation of the paper does in its NG-GNN editor, which is then not equivariant; needs a
         spec. For checkpoints trained that way.
       kernel_range: kernel positions with maps of their own; see `EncoderConfig`.
       dtype: of the computation; parameters are float32.
@@ -170,8 +172,8 @@ class ParamsReadout(nn.Module):
         """
         del train
         topology, nodes, edges, _ = read_graph(graph, spec, reverse=False)
-        hidden = nn.Dense(nodes.shape[-1], dtype=self.dtype, name="node_dense_0")(nodes)
-        nodes = nn.Dense(self.features, dtype=self.dtype, name="node_dense_1")(nn.relu(hidden))
+        hidden = Dense(nodes.shape[-1], dtype=self.dtype, name="node_dense_0")(nodes)
+        nodes = Dense(self.features, dtype=self.dtype, name="node_dense_1")(nn.relu(hidden))
         if self.bias_alignment == "reference":
             if not isinstance(topology, BlockTopology):
                 raise ValueError("bias_alignment='reference' needs spec=")
@@ -188,7 +190,7 @@ class ParamsReadout(nn.Module):
     def _edge_head(self, topology: Topology, edges: Edges) -> Edges:
         """`[..., 1, d]` to `[..., K, features]`, with one map per kernel offset."""
         width = edges[0].shape[-1]
-        dense = nn.Dense(width, dtype=self.dtype, name="edge_dense_0")
+        dense = Dense(width, dtype=self.dtype, name="edge_dense_0")
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
         positions = math.prod(self.kernel_range)
         kernel = self.param("edge_kernel", init, (positions, width, self.features), jnp.float32)

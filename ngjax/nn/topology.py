@@ -35,7 +35,7 @@ class _End(NamedTuple):
 
 
 class _Bundle(NamedTuple):
-    """One edge group in one direction. Its values are `[blocks, m, n, d]` with sources in axis -3, or -2 if reversed."""
+    """One edge group in one direction. Its values are `[blocks, m, n, d]`, sources in axis -3, or -2 if reversed."""
 
     source: _End
     target: _End
@@ -376,7 +376,7 @@ class ListTopology:
         return jnp.where(self.graph.nodes.mask[:, None], nodes, 0)
 
     def mask_edges(self, edges: Edges) -> Edges:
-        """Zero for padding edges and for kernel positions an edge does not have; edges are forward, `[E, K or 1, F]`."""
+        """Zero for padding and for kernel positions an edge does not have; edges are forward, `[E, K or 1, F]`."""
         mask = self.graph.edges.mask
         if edges[0].shape[-2] != mask.shape[-1]:  # one vector per edge
             mask = jnp.any(mask, axis=-1, keepdims=True)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from ngjax.graph import GroupedGraph
 from ngjax.nn.encoder import EncoderConfig, GraphEncoder
+from ngjax.nn.linear import Dense
 from ngjax.nn.topology import read_graph
 from ngjax.spec import NeuralGraphSpec
 
@@ -78,9 +79,9 @@ class TransformerLayer(nn.Module):
     ) -> tuple[Float[Array, "... N d"], Float[Array, "... N N c"]]:
         """New node and pair features."""
 
-        def dense(features: int, name: str, use_bias: bool = True) -> nn.Dense:
+        def dense(features: int, name: str, use_bias: bool = True) -> Dense:
             init = nn.initializers.xavier_uniform()
-            return nn.Dense(features, use_bias, self.dtype, kernel_init=init, name=name)
+            return Dense(features, use_bias, self.dtype, kernel_init=init, name=name)
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
@@ -219,5 +220,5 @@ class NGT(nn.Module):
         if gigabytes > self.memory_limit:
             raise ValueError(
                 f"NG-T looks at all pairs of {num_nodes:,} nodes: about {gigabytes:,.1f} GB per graph and layer, more "
-                f"than memory_limit={self.memory_limit:g}; use NG-GNN, which is linear in the weights, or raise the limit"
+                f"than memory_limit={self.memory_limit:g}; use NG-GNN, linear in the weights, or raise the limit"
             )

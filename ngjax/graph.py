@@ -114,7 +114,7 @@ def to_groups(spec: NeuralGraphSpec, params: Any, *, feature_axis: bool | None =
 
     Leaves may carry any leading batch axes, and one trailing feature axis of length F (value, gradient, momenta, ...).
     Which of the two an extra axis is, is read off the shapes; where both readings fit every leaf, it is the feature
-    axis.
+    axis (but a batch axis if it has length one).
 
     Args:
       spec: of the architecture.
@@ -242,10 +242,10 @@ def _leaves_with_features(spec: NeuralGraphSpec, params: Any, feature_axis: bool
             raise TypeError(f"parameter {format_path(param.path)}: expected an array, received {type(leaf).__name__}")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"parameter {format_path(param.path)}: expected a floating array, received {leaf.dtype}")
-    readings = (True, False) if feature_axis is None else (feature_axis,)
-    has_features = next((r for r in readings if _reading_fits(floating, r)), None)
-    if has_features is None:
+    readings = [r for r in (True, False) if feature_axis in (None, r) and _reading_fits(floating, r)]
+    if not readings:
         _raise_shape_error(floating)
+    has_features = readings[0] if floating[0][1].shape[-1:] != (1,) else readings[-1]
     arrays = [jnp.asarray(leaf) if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)]
     # Nodes and edges share one dtype that holds all leaves exactly, also for users who forbid implicit promotion.
     with jax.numpy_dtype_promotion("standard"):

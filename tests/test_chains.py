@@ -53,9 +53,7 @@ def linen_params():
 class Nnx(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
-        self.layers = nnx.List(
-            [nnx.Linear(n_in, n_out, rngs=rngs) for n_in, n_out in zip(SIZES, SIZES[1:], strict=False)]
-        )
+        self.layers = nnx.List([nnx.Linear(n_in, n_out, rngs=rngs) for n_in, n_out in itertools.pairwise(SIZES)])
 
 
 def haiku_params():
@@ -89,18 +87,14 @@ NAMINGS = {
     "torch nested": lambda: {
         "net": dense(kernel="weight", transpose=True, names=["0", "2", "4"]),
     },
-    "slashes": lambda: {
-        f"{name}/{leaf}": array for name, layer in dense().items() for leaf, array in layer.items()
-    },
+    "slashes": lambda: {f"{name}/{leaf}": array for name, layer in dense().items() for leaf, array in layer.items()},
     "list": lambda: list(dense().values()),
     "bare kernel": lambda: {"kernel": np.ones((3, 2), np.float32)},
 }
 
 
 def shapes_by_layer(spec):
-    return [
-        (spec.node_group[group.source].size, spec.node_group[group.target].size) for group in spec.edge_groups
-    ]
+    return [(spec.node_group[group.source].size, spec.node_group[group.target].size) for group in spec.edge_groups]
 
 
 # -- mlp_spec ----------------------------------------------------------------------------------------------------------
@@ -150,7 +144,7 @@ def test_mlp_spec_of_one_layer_has_no_symmetry():
 def test_mlp_spec_has_more_than_ten_layers_in_order():
     sizes = list(range(3, 16))
     spec = mlp_spec(sizes)
-    assert shapes_by_layer(spec) == list(zip(sizes, sizes[1:], strict=False))
+    assert shapes_by_layer(spec) == list(itertools.pairwise(sizes))
     params = dense(sizes)
     names = [format_path(spec.params[group.view.param].path) for group in spec.edge_groups]
     assert names == [f"layer_{i}/kernel" for i in range(12)]
@@ -192,7 +186,7 @@ def test_infer_spec_reads_the_naming(naming):
     if naming == "bare kernel":
         assert shapes_by_layer(spec) == [(3, 2)]
         return
-    assert shapes_by_layer(spec) == list(zip(SIZES, SIZES[1:], strict=False))
+    assert shapes_by_layer(spec) == list(itertools.pairwise(SIZES))
     assert [group.activation for group in spec.node_groups] == ["none", "tanh", "tanh", "none"]
     assert all(group.bias is not None for group in spec.node_groups[1:])
     names = [group.name for group in spec.edge_groups]
@@ -278,13 +272,19 @@ def test_infer_spec_leaves_integers_and_keys_without_a_home():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p | {"layer_1": {"kernel": np.ones((6, 4), np.float32)}}, r"layer_0/kernel has 5 outputs.*layer_1/ke.*6 in"),
+        (
+            lambda p: p | {"layer_1": {"kernel": np.ones((6, 4), np.float32)}},
+            r"layer_0/kernel has 5 outputs.*layer_1/ke.*6 in",
+        ),
         (lambda p: p | {"layer_3": {"bias": np.ones(2, np.float32)}}, r"layer_3 has a bias but no kernel"),
         (
             lambda p: p | {"layer_3": {"kernel": np.ones((2, 4), np.float32), "bias": np.ones(3, np.float32)}},
             r"layer_3.*4 outputs, but the bias has 3",
         ),
-        (lambda p: p | {"conv": {"kernel": np.ones((3, 3, 1, 8), np.float32)}}, r"conv/kernel \(3, 3, 1, 8\) is not.*trace"),
+        (
+            lambda p: p | {"conv": {"kernel": np.ones((3, 3, 1, 8), np.float32)}},
+            r"conv/kernel \(3, 3, 1, 8\) is not.*trace",
+        ),
         (lambda p: p | {"norm": {"scale": np.ones(5, np.float32)}}, r"norm/scale \(5,\) is not the kernel or bias"),
         (lambda p: p | {"temperature": np.float32(1.0)}, r"temperature \(\) is not"),
         (lambda p: p | {"layer_3": {"bias": np.ones((1, 2), np.float32)}}, r"layer_3/bias \(1, 2\) is not"),

@@ -9,7 +9,9 @@ SPEC = ngjax.mlp_spec((2, 3, 1))
 
 
 def network(**leaves):
-    params = {f"layer_{i}": {"kernel": np.ones(shape), "bias": np.ones(shape[1])} for i, shape in enumerate([(2, 3), (3, 1)])}
+    params = {
+        f"layer_{i}": {"kernel": np.ones(shape), "bias": np.ones(shape[1])} for i, shape in enumerate([(2, 3), (3, 1)])
+    }
     params["layer_1"] |= leaves
     return params
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ngjax.actions import orbits
 from ngjax.graph import GroupedGraph, to_groups
-from ngjax.nn.linear import Dense
+from ngjax.nn.linear import Dense, at_least_float32
 from ngjax.nn.probes import ProbeEncoder, probe_values
 from ngjax.nn.topology import BlockTopology, Edges, Topology
 from ngjax.spec import ROLES, NeuralGraphSpec
@@ -241,7 +241,7 @@ class GraphEncoder(nn.Module):
             if frequencies is None:
                 y = first(x, grid, backward)
             else:
-                wide = jnp.promote_types(x.dtype, jnp.float32)
+                wide = at_least_float32(x.dtype)
                 table = directed(frequencies, channels, backward) if reverse else frequencies
                 maps = table.astype(wide)[kernel_index(grid, kernel_range)]
                 y = first(fourier_features(x.astype(wide), maps))

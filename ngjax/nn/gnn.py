@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ngjax.graph import GroupedGraph
 from ngjax.nn.encoder import EncoderConfig, GraphEncoder
-from ngjax.nn.linear import Dense
+from ngjax.nn.linear import Dense, at_least_float32
 from ngjax.nn.topology import Edges, Scope, Topology, read_graph
 from ngjax.spec import NeuralGraphSpec
 
@@ -73,7 +73,7 @@ class PNALayer(nn.Module):
             return scale * (target + source) + shift
 
         messages = tuple(map(message, edges, of_target, of_source))
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = at_least_float32(self.dtype)
         incoming = aggregate(topology, tuple(m.astype(wide) for m in messages), mean_log_degree)
         update = Dense(self.features, dtype=self.dtype, name="update")
         mixed = update(jnp.concatenate([nodes.astype(wide), incoming], axis=-1))
@@ -160,7 +160,7 @@ class NGGNN(nn.Module):
                 break
             scale = self.param(f"norm_scale_{i}", nn.initializers.ones, (self.features,), jnp.float32)
             shift = self.param(f"norm_bias_{i}", nn.initializers.zeros, (self.features,), jnp.float32)
-            nodes = graph_norm(topology, nodes.astype(jnp.promote_types(nodes.dtype, jnp.float32)), self.norm_scope)
+            nodes = graph_norm(topology, nodes.astype(at_least_float32(nodes.dtype)), self.norm_scope)
             nodes = nn.silu((nodes * scale + shift).astype(self.dtype))
             nodes = nn.Dropout(self.dropout, deterministic=not train)(nodes)
             edges = EdgeUpdate(self.features, self.dtype, name=f"edge_update_{i}")(topology, nodes, edges)

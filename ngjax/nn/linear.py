@@ -1,9 +1,17 @@
-"""A linear map of the last axis."""
+"""A linear map of the last axis, and the precision of what follows it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype for sums, exponentials and angles: the given one, or float32 where that is less precise."""
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype("float32")
 
 
 class Dense(nn.Dense):
@@ -12,6 +20,8 @@ class Dense(nn.Dense):
     The same numbers; but XLA's CPU code for a product with many leading axes, and for its derivative, is several times
     slower than that for two.
     """
+
+    promote_dtype: Any = nn.dtypes.promote_dtype  # flax's own annotation cannot be checked at run time
 
     def __call__(self, inputs: Float[Array, "... C"]) -> Float[Array, "... D"]:
         """Maps every vector along the last axis."""

@@ -92,6 +92,8 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     path = pathlib.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a model file")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
@@ -112,12 +114,14 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
 def _to_json(value: Any) -> Any:
     name = type(value).__name__
     if isinstance(value, WeightStatistics):
-        return {"class": name, **value._asdict()}
+        return {"class": name} | {k: _to_json(v) for k, v in value._asdict().items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         if _CLASSES.get(name) is not type(value):
             raise TypeError(f"expected a module of this library ({', '.join(_CLASSES)}), received {name}")
         return {"class": name} | {k: _to_json(v) for k, v in fields.items() if k not in ("parent", "name")}
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     if isinstance(value, (tuple, list)):
@@ -131,7 +135,10 @@ def _from_json(value: Any, path: pathlib.Path) -> Any:
     if not isinstance(value, dict):
         return value
     if "dtype" in value and "class" not in value:
-        return jnp.dtype(value["dtype"]).type
+        try:
+            return jnp.dtype(value["dtype"]).type
+        except TypeError:
+            raise ValueError(f"{path} names a dtype {value['dtype']!r} that does not exist") from None
     fields = {k: _from_json(v, path) for k, v in value.items() if k != "class"}
     if value.get("class") not in _CLASSES:
         raise ValueError(f"{path} holds a module of class {value.get('class')!r}, which this library does not have")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ngjax.graph import GlobalData, GroupedGraph
 from ngjax.nn.encoder import WeightStatistics, destandardize, kernel_index, per_layer
 from ngjax.nn.linear import Dense
-from ngjax.nn.topology import BlockTopology, Edges, Topology, read_graph
+from ngjax.nn.topology import BlockTopology, Edges, Topology, extreme, read_graph
 from ngjax.spec import NeuralGraphSpec
 
 Pooling = Literal["cat_output", "mean_output", "max_output", "mean", "max", "mean_edge", "max_edge", "token"]
@@ -50,7 +50,7 @@ def pool(
     outputs = topology.output_nodes(nodes, num_outputs)
     if pooling == "cat_output":
         return outputs.reshape(*outputs.shape[:-2], -1)
-    return jnp.mean(outputs, axis=-2) if pooling == "mean_output" else jnp.max(outputs, axis=-2)
+    return jnp.mean(outputs, axis=-2) if pooling == "mean_output" else extreme(jnp.max, outputs, -2)
 
 
 def _pool_pairs(topology: Topology, edges: Edges, globals_: GlobalData, pooling: str) -> Float[Array, "... d"]:
@@ -60,12 +60,12 @@ def _pool_pairs(topology: Topology, edges: Edges, globals_: GlobalData, pooling:
         pairs = topology.pairs(edges, jnp.zeros(edges[0].shape[-1], edges[0].dtype))
     mask = topology.dense_mask()
     if mask is None:
-        return jnp.mean(pairs, axis=(-3, -2)) if pooling == "mean_edge" else jnp.max(pairs, axis=(-3, -2))
+        return jnp.mean(pairs, axis=(-3, -2)) if pooling == "mean_edge" else extreme(jnp.max, pairs, (-3, -2))
     both = (mask[..., :, None] & mask[..., None, :])[..., None]
     if pooling == "mean_edge":
         count = jnp.maximum(jnp.sum(both.astype(pairs.dtype), axis=(-3, -2)), 1)
         return jnp.sum(jnp.where(both, pairs, 0), axis=(-3, -2)) / count
-    greatest = jnp.max(jnp.where(both, pairs, -jnp.inf), axis=(-3, -2))
+    greatest = extreme(jnp.max, jnp.where(both, pairs, -jnp.inf), (-3, -2))
     return jnp.where(jnp.any(mask, axis=-1)[..., None], greatest, 0)  # padding graphs have no pairs
 
 

@@ -95,11 +95,11 @@ class BlockTopology:
 
     def min(self, edges: Edges) -> Float[Array, "... N d"]:
         """Least over the incoming edges of each node, 0 where there are none."""
-        return self._reduce(edges, functools.partial(_extreme, jnp.min), jnp.minimum)
+        return self._reduce(edges, functools.partial(extreme, jnp.min), jnp.minimum)
 
     def max(self, edges: Edges) -> Float[Array, "... N d"]:
         """Greatest over the incoming edges of each node, 0 where there are none."""
-        return self._reduce(edges, functools.partial(_extreme, jnp.max), jnp.maximum)
+        return self._reduce(edges, functools.partial(extreme, jnp.max), jnp.maximum)
 
     def _reduce(self, edges: Edges, over_axis: Callable, pairwise: Callable) -> Array:
         incoming: dict[int, Array] = {}
@@ -157,7 +157,7 @@ class BlockTopology:
 
     def pool_nodes(self, nodes: Float[Array, "... N d"], how: Callable) -> Float[Array, "... d"]:
         """`jnp.mean` or `jnp.max` over the nodes of each graph."""
-        return how(nodes, axis=-2)
+        return extreme(jnp.max, nodes, -2) if how is jnp.max else how(nodes, axis=-2)
 
     def output_nodes(self, nodes: Float[Array, "... N d"], count: int | None) -> Float[Array, "... O d"]:
         """The output nodes of each graph, in order."""
@@ -225,24 +225,30 @@ class BlockTopology:
 # differently (it does on CPU without optimization). JAX's own derivatives then divide zero by a count of zero.
 
 
+def _is_almost(values: Array, best: Array) -> Array:
+    """1 where values equal the extreme but for rounding, else 0."""
+    tolerance = 16 * jnp.finfo(values.dtype).eps * jnp.abs(best)
+    return (jnp.abs(values - best) <= tolerance).astype(values.dtype)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 2))
-def _extreme(over_axis: Callable, values: Array, axis: int) -> Array:
+def extreme(over_axis: Callable, values: Array, axis: int | tuple[int, ...]) -> Array:
     """`jnp.min` or `jnp.max`, whose derivative is shared by what equals the extreme and is never NaN."""
     return over_axis(values, axis=axis)
 
 
-@_extreme.defjvp
-def _extreme_jvp(over_axis: Callable, axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+@extreme.defjvp
+def _extreme_jvp(over_axis: Callable, axis: int | tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
     values = jax.lax.optimization_barrier(primals[0])
-    best = _extreme(over_axis, values, axis)
-    chosen = (values == jnp.expand_dims(best, axis)).astype(values.dtype)
+    best = extreme(over_axis, values, axis)
+    chosen = _is_almost(values, jnp.expand_dims(best, axis))
     count = jnp.maximum(jnp.sum(chosen, axis=axis), 1)
     return best, jnp.sum(chosen * tangents[0], axis=axis) / count
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 3))
 def _segment_extreme(over_segment: Callable, values: Array, segments: Array, count: int) -> Array:
-    """`jax.ops.segment_min` or `segment_max`, with the derivative of `_extreme`."""
+    """`jax.ops.segment_min` or `segment_max`, with the derivative of `extreme`."""
     return over_segment(values, segments, count)
 
 
@@ -251,7 +257,7 @@ def _segment_extreme_jvp(over_segment: Callable, count: int, primals: Any, tange
     values, segments = primals
     values = jax.lax.optimization_barrier(values)
     best = _segment_extreme(over_segment, values, segments, count)
-    chosen = (values == best[segments]).astype(values.dtype)
+    chosen = _is_almost(values, best[segments])
     ties = jnp.maximum(jax.ops.segment_sum(chosen, segments, count), 1)
     return best, jax.ops.segment_sum(chosen * tangents[0], segments, count) / ties
 
@@ -397,7 +403,7 @@ class ListTopology:
     def pool_nodes(self, nodes: Float[Array, "N d"], how: Callable) -> Float[Array, "G d"]:
         graph = self.graph.nodes.graph
         if how is jnp.max:
-            values = jax.ops.segment_max(nodes, graph, self.num_graphs + 1)[:-1]
+            values = _segment_extreme(jax.ops.segment_max, nodes, graph, self.num_graphs + 1)[:-1]
             return jnp.where(self.graph.globals.mask[:, None], values, 0)
         total, count = (
             jax.ops.segment_sum(x, graph, self.num_graphs + 1)[:-1]

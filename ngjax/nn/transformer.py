@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from ngjax.graph import GroupedGraph
 from ngjax.nn.encoder import EncoderConfig, GraphEncoder
-from ngjax.nn.linear import Dense
+from ngjax.nn.linear import Dense, at_least_float32
 from ngjax.nn.topology import read_graph
 from ngjax.spec import NeuralGraphSpec
 
@@ -44,7 +44,7 @@ def relational_attention(
     q_edge, k_edge, v_add, *v_mul = jnp.split(qkv_edge, qkv_edge.shape[-1] // head_width, axis=-1)
     queries = q[..., :, None, :, :] + q_edge
     keys = k[..., None, :, :, :] + k_edge
-    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    wide = at_least_float32(queries.dtype)
     logits = jnp.sum((queries * keys).astype(wide), axis=-1) / math.sqrt(heads * head_width)
     if key_mask is not None:
         logits = jnp.where(key_mask[..., None, :, None], logits, _MASKED)
@@ -175,10 +175,14 @@ class NGT(nn.Module):
 
         Raises:
           ValueError: a graph of another architecture than `spec`, larger than the encoder's tables, or with so many
-            nodes that pairs would take more memory than `memory_limit`.
+            nodes that pairs would take more memory than `memory_limit`; a width that the heads do not divide.
         """
         topology, raw_nodes, weights, _ = read_graph(graph, spec, reverse=self.encoder.reverse_edges)
         self._check_memory(topology.max_nodes + self.class_token)
+        if self.attention_features % self.num_heads:
+            raise ValueError(
+                f"attention_features={self.attention_features} cannot be divided among num_heads={self.num_heads}"
+            )
         encode = GraphEncoder(self.encoder, self.node_features, self.edge_features, self.dtype, name="encoder")
         flat_nodes, edges, non_edge, probes = encode(topology, raw_nodes, weights)
         nodes, pairs = topology.dense_nodes(flat_nodes), topology.pairs(edges, non_edge)

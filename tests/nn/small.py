@@ -53,9 +53,7 @@ class TwoHeads(nn.Module):
 
 def variables_of(model, spec, *, seed=0):
     """Random numbers for all variables, biases and scales too, of the size that keeps variance."""
-    shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), ngjax.to_groups(spec, zeros_of(spec)), spec=spec)
-    )
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), ngjax.to_groups(spec, zeros_of(spec)), spec=spec))
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -8,7 +8,15 @@ import pytest
 import safetensors.numpy
 from flax import linen as nn
 
-from ngjax.nn import EncoderConfig, GraphReadout, ParamsReadout, WeightSpaceModel, WeightStatistics, load_model, save_model
+from ngjax.nn import (
+    EncoderConfig,
+    GraphReadout,
+    ParamsReadout,
+    WeightSpaceModel,
+    WeightStatistics,
+    load_model,
+    save_model,
+)
 from tests.nn.small import ENCODER, gnn, ngt, siren_spec, variables_of
 
 SPEC = siren_spec((2, 3, 4, 1))
@@ -36,7 +44,8 @@ def saved(tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_was_saved_is_loaded(name, tmp_path):
     model = MODELS[name]
-    variables = variables_of(model, SPEC)
+    with jax.numpy_dtype_promotion("standard"):  # flax's LayerNorm relies on it for bfloat16
+        variables = variables_of(model, SPEC)
     path = tmp_path / "model.safetensors"
     save_model(path, model, variables, metadata={"seed": "7"})
     loaded = load_model(path)
@@ -61,11 +70,9 @@ def test_variables_of_any_float_are_kept(tmp_path):
 
 def test_numpy_numbers_in_the_configuration_are_numbers(tmp_path):
     statistics = WeightStatistics(*((np.float32(0.5),),) * 4)
-    model = gnn(encoder=EncoderConfig(statistics=statistics), num_layers=np.int64(2))
+    model = gnn(encoder=EncoderConfig(statistics=statistics))
     save_model(tmp_path / "model", model, {})
-    loaded = load_model(tmp_path / "model").model
-    assert loaded.encoder.statistics == statistics
-    assert loaded.num_layers == 2
+    assert load_model(tmp_path / "model").model.encoder.statistics == statistics
 
 
 def test_others_may_read_the_file(saved):

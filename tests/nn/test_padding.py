@@ -9,7 +9,8 @@ import pytest
 
 import ngjax
 from ngjax.batching import unbatch_graphs
-from ngjax.nn import GraphReadout, NGGNN, ParamsReadout, WeightSpaceModel, gnn as gnn_module
+from ngjax.nn import NGGNN, GraphReadout, ParamsReadout, WeightSpaceModel
+from ngjax.nn import gnn as gnn_module
 from ngjax.nn.topology import ListTopology, read_graph
 from tests.nn.small import BACKBONES, ENCODER, TwoHeads, error, jit, one, siren_spec, sirens, variables_of
 
@@ -71,14 +72,15 @@ def test_outputs_and_gradients_are_those_of_each_network_alone(kind):
     (_, singles), expected = jit(jax.value_and_grad(alone, (0, 1), has_aux=True))(variables, params)
 
     assert np.all(np.isfinite(logits))
-    assert error(logits[:2], jnp.concatenate([single[0] for single in singles])) < 1e-6
+    assert error(logits[:2], jnp.concatenate([single[0] for single in singles]), at_least=1.0) < 1e-6
     graphs = [ngjax.to_graph(s, p) for s, p in zip(specs, params, strict=True)]
     for spec, own, (_, single) in zip(specs, unbatch_graphs(edit, graphs), singles, strict=True):
-        assert error(ngjax.to_params(spec, own), ngjax.to_params(spec, single)) < 1e-6
-    assert not np.any(edit.nodes.features[13 + 6 - 1 :][1:]), "padding of the result is zero"
-    assert error(gradients[0], expected[0]) < 1e-6
+        assert error(ngjax.to_params(spec, own), ngjax.to_params(spec, single), at_least=1.0) < 1e-6
+    assert not np.any(edit.nodes.features[18:]), "padding of the result is zero"
+    # The sums over nodes and edges of the gradients of parameters round in another order.
+    assert error(gradients[0], expected[0], at_least=1.0) < 4e-6
     for ours, theirs in zip(gradients[1], expected[1], strict=True):
-        assert error(ours, theirs) < 1e-6
+        assert error(ours, theirs, at_least=1.0) < 1e-6
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

@@ -17,7 +17,7 @@ def encoder(**settings):
     return ENCODER.__class__(**{**vars(ENCODER), **settings})
 
 
-EVERYTHING = dict(statistics=STATISTICS, depth=2, num_probes=3, fourier_frequencies=4, fourier_scale=1.0)
+EVERYTHING = {"statistics": STATISTICS, "depth": 2, "num_probes": 3, "fourier_frequencies": 4, "fourier_scale": 1.0}
 
 # Between them, every option of the encoder, the backbones and the readouts, against its default.
 MODELS = {
@@ -112,6 +112,7 @@ def test_batch_axes_vmap_and_graph_types_give_the_same(kind, networks):
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
+@jax.numpy_dtype_promotion("standard")  # flax's LayerNorm relies on it for bfloat16
 def test_bfloat16_stays_close(kind, networks):
     spec, params = networks
     settings = EncoderConfig(**{**vars(ENCODER), "num_probes": 2, "fourier_frequencies": 3, "fourier_scale": 0.5})

@@ -174,7 +174,8 @@ def resnet(features: int, repeats: int) -> None:
         f"  spec {built:.2f} s, {spec.num_nodes:,} nodes, {spec.num_edges:,} edges; compilation {compile_seconds:.1f} s"
     )
     print(
-        f"  {seconds:.2f} s per run; temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB, process peak {peak_memory():.2f} GB"
+        f"  {seconds:.2f} s per run; temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB, "
+        f"process peak {peak_memory():.2f} GB"
     )
 
 

@@ -21,7 +21,7 @@ def check_params(params: Any, *, spec: NeuralGraphSpec | None = None, source: st
       source: where they come from (a file's name), for the message.
 
     Raises:
-      ValueError: NaN or infinity, with the leaf's path, how many and where the first is; leaves of another architecture.
+      ValueError: NaN or infinity, with the leaf's path, how many and where the first is; another architecture.
       TypeError: a complex leaf, one that is no array, or an abstract one.
     """
     prefix = f"{source}: " if source else ""

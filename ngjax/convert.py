@@ -54,9 +54,9 @@ def from_reference(
         `siren_render`; the other entries are plain hyper-parameters.
       state_dict: arrays by parameter name, with or without the prefix `param/`. They may be traced, so that gradients
         with respect to them can be taken.
-      repair: defects of the reference to put right: `"alignment"` (the NG-GNN editor reads biases from their own nodes),
-        `"normalization"` (node features are normalized per network, not over the mini-batch), `"masking"` (padding
-        takes no part).
+      repair: defects of the reference to put right: `"alignment"` (the NG-GNN editor reads biases from their
+        own nodes), `"normalization"` (node features are normalized per network, not over the mini-batch),
+        `"masking"` (padding takes no part).
 
     Returns:
       `f(weights, biases)` of lists of `[B, in, out, 1]` and `[B, out, 1]`, which returns logits `[B, classes]`, for

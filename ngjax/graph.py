@@ -125,13 +125,17 @@ def to_groups(spec: NeuralGraphSpec, params: Any, *, feature_axis: bool | None =
       ValueError: the leaves are not those of the spec, naming the first that differs.
       TypeError: a complex leaf, or one that is no array.
     """
-    leaves, dtype = _leaves_with_features(spec, params, feature_axis)
-    return _read_groups(spec, leaves, dtype)
+    leaves, has_features = _floating_leaves(spec, params, feature_axis)
+    # Nodes and edges share one dtype that holds all leaves exactly, also for users who forbid implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*(jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in leaves if leaf is not None))
+    return _read_groups(spec, leaves, has_features, dtype)
 
 
 # Compiled as one program also outside of jit: one operation after the other, the first call takes ten times as long.
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _read_groups(spec: NeuralGraphSpec, leaves: list[Any], dtype: jnp.dtype) -> GroupedGraph:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _read_groups(spec: NeuralGraphSpec, leaves: list[Any], has_features: bool, dtype: jnp.dtype) -> GroupedGraph:
+    leaves = [leaf if leaf is None or has_features else leaf[..., None] for leaf in leaves]
     lead = next(
         leaf.shape[: leaf.ndim - len(p.shape) - 1]
         for leaf, p in zip(leaves, spec.params, strict=True)
@@ -233,8 +237,8 @@ def _write_leaves(
     return leaves
 
 
-def _leaves_with_features(spec: NeuralGraphSpec, params: Any, feature_axis: bool | None) -> tuple[list[Any], jnp.dtype]:
-    """Floating leaves with a trailing feature axis (`None` for the others), and their common dtype."""
+def _floating_leaves(spec: NeuralGraphSpec, params: Any, feature_axis: bool | None) -> tuple[list[Any], bool]:
+    """Floating leaves (`None` for the others), and whether they end with a feature axis."""
     leaves = spec.flatten(params)
     floating = [(p, leaf) for p, leaf in zip(spec.params, leaves, strict=True) if p.is_floating]
     for param, leaf in floating:
@@ -246,11 +250,7 @@ def _leaves_with_features(spec: NeuralGraphSpec, params: Any, feature_axis: bool
     if not readings:
         _raise_shape_error(floating)
     has_features = readings[0] if floating[0][1].shape[-1:] != (1,) else readings[-1]
-    arrays = [jnp.asarray(leaf) if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)]
-    # Nodes and edges share one dtype that holds all leaves exactly, also for users who forbid implicit promotion.
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*(array.dtype for array in arrays if array is not None))
-    return [a if a is None or has_features else a[..., None] for a in arrays], dtype
+    return [leaf if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)], has_features
 
 
 def _reading_fits(floating: list[tuple[Any, Any]], has_features: bool) -> bool:

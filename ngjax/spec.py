@@ -324,6 +324,10 @@ class NeuralGraphSpec:
     def __hash__(self) -> int:
         return self._hash
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is cached stays behind: hashes of strings are others in another process.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @functools.cached_property
     def _hash(self) -> int:
         return hash((self.params, self.node_groups, self.edge_groups, self.actions, self.loose))

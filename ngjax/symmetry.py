@@ -68,7 +68,7 @@ def permute_params(spec: NeuralGraphSpec, perms: Permutations, params: Any, *, f
     acting = {id: perm for id, perm in perms.items() if spec.action[id].kind == "permutation"}
     groups = jax.eval_shape(functools.partial(to_groups, spec, feature_axis=feature_axis), params)
     leaves = spec.flatten(params)
-    floating = [jnp.asarray(leaf) if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)]
+    floating = [leaf if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)]
     permuted = _permute_leaves(spec, acting, floating, groups.nodes.ndim - 2)
     return spec.unflatten(
         [b if p.is_floating else a for p, a, b in zip(spec.params, leaves, permuted, strict=True)], like=params

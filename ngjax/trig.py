@@ -60,15 +60,15 @@ def _sincos_jvp(primals, tangents):
 
 
 @functools.partial(jax.jit, inline=True)  # so that it compiles once where it is called outside of jit
-def _platform_sincos(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], ...]:
+def _platform_sincos(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     return lax.platform_dependent(x, cpu=_cody_waite_sincos, default=_plain_sincos)
 
 
-def _plain_sincos(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], ...]:
+def _plain_sincos(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     return jnp.sin(x), jnp.cos(x)
 
 
-def _cody_waite_sincos(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], ...]:
+def _cody_waite_sincos(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Sine and cosine of float32 by reduction to the nearest multiple of pi."""
     cut = jnp.clip(x, -LARGEST_ARGUMENT, LARGEST_ARGUMENT)
     multiple_bits = lax.bitcast_convert_type(cut * np.float32(1 / np.pi) + np.float32(_ROUND), np.int32)

@@ -17,16 +17,16 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
@@ -44,6 +44,12 @@ SIZES = (2, 32, 32, 1)
 SPEC = ngjax.mlp_spec(SIZES, activation="siren")
 OUTPUT_OFFSET = 0.5
 NUM_CLASSES = 10
+NUM_STAGES = 7
+
+TABLE_NOTES = """\
+neurons shuffled: the test accuracy after the hidden neurons of every test network were put into a random order, which
+  leaves what it draws as it was; then the share of predictions and the largest change of a logit this made.
+one shared start: all networks were fitted from the same initial weights, the others each from weights of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +67,15 @@ class Config:
     """Networks per image, each from its own random start."""
     fit_steps: int = 150
     """Steps of Adam that fit a network to its image."""
-    probes: int = 32
+    probes: int = 64
     """Learned inputs on which NG-GNN runs the networks it reads."""
-    features: int = 32
+    features: int = 16
     """Width of NG-GNN."""
     layers: int = 4
     """Layers of NG-GNN."""
-    graph_epochs: int = 3
+    graph_epochs: int = 2
     """Passes over the training networks for NG-GNN."""
-    epochs: int = 30
+    epochs: int = 12
     """Passes over the training networks for the others."""
 
 
@@ -86,10 +92,14 @@ class Networks(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Networks for training, and networks of other images for testing."""
+    """Networks for training, and networks of other images for testing.
+
+    Those of an image stand together, `fits_per_image` of them.
+    """
 
     train: Networks
     test: Networks
+    fits_per_image: int
 
 
 class Classifier(NamedTuple):
@@ -100,7 +110,7 @@ class Classifier(NamedTuple):
       title: its name in the table and the pictures.
       networks: what it is trained and tested on.
       init: `(key, params) -> variables`.
-      apply: `(variables, params, train, key) -> logits [B, 10]`.
+      apply: `(variables, params) -> logits [B, 10]`.
       learning_rate: of AdamW.
       batch_size: networks per step.
       epochs: passes over the training networks.
@@ -109,8 +119,8 @@ class Classifier(NamedTuple):
     key: str
     title: str
     networks: Split
-    init: Callable
-    apply: Callable
+    init: Callable[[jax.Array, Any], Any]
+    apply: Callable[[Any, Any], jax.Array]
     learning_rate: float
     batch_size: int
     epochs: int
@@ -126,23 +136,24 @@ class Outcome(NamedTuple):
     largest_logit: float
     predictions: np.ndarray
     shuffled_predictions: np.ndarray
-    curve: list[tuple[int, float]]  # (training networks seen, test accuracy)
+    curve: list[tuple[float, float]]  # (passes over the training networks, test accuracy)
 
 
 def main(config: Config) -> dict[str, Any]:
     """Runs everything; returns what results.json holds."""
+    start = time.perf_counter()
     out = train.prepare_folder(config.out)  # before any work: an unwritable folder fails here
     seconds: dict[str, float] = {}
-    fit_key, shuffle_key, train_key = jax.random.split(jax.random.key(config.seed), 3)
+    fit_key, train_key, shuffle_key = jax.random.split(jax.random.key(config.seed), 3)
 
     digits = zoo.load_digits()
     digits = zoo.Digits(*(array[: config.num_images] for array in digits))
     split = zoo.stratified_split(digits.labels, test_fraction=config.test_fraction, seed=config.seed)
     print(f"{len(digits.labels)} digits, {len(split[1])} of them for testing")
 
-    with stage(seconds, "fit networks, random starts"):
+    with stage(seconds, "fit_own_starts", "fit networks, each from its own start"):
         own, psnr = fit_networks(config, digits, fit_key, shared_start=False)
-    with stage(seconds, "fit networks, shared start"):
+    with stage(seconds, "fit_shared_start", "fit networks, all from one shared start"):
         shared, shared_psnr = fit_networks(config, digits, fit_key, shared_start=True)
     print(f"the networks reproduce their images at {psnr:.0f} dB and {shared_psnr:.0f} dB (medians)")
     own, shared = split_networks(own, digits.labels, split), split_networks(shared, digits.labels, split)
@@ -150,11 +161,13 @@ def main(config: Config) -> dict[str, Any]:
     classifiers = make_classifiers(config, own, shared)
     outcomes = {}
     for classifier in classifiers:
-        with stage(seconds, classifier.title):
-            outcomes[classifier.key] = train_and_test(classifier, train_key, shuffle_key)
+        with stage(seconds, classifier.key, f"train {classifier.title}"):
+            outcomes[classifier.key] = train_and_test(classifier, train_key, shuffle_key, seed=config.seed)
 
+    save_figure(draw_digits(classifiers, outcomes, digits.images[split[1]], own.test), out / "digits.png")
+    save_figure(draw_learning_curves(classifiers, outcomes), out / "learning_curves.png")
+    save_figure(draw_neural_graph(take(own.test.params, 0), int(own.test.labels[0])), out / "neural_graph.png")
     table = format_table(classifiers, outcomes)
-    print(f"\n{table}\n")
     results = {
         **{
             f"{classifier.key}_{name}": value
@@ -165,20 +178,17 @@ def main(config: Config) -> dict[str, Any]:
         "psnr_median_shared_init": shared_psnr,
         "train_networks": len(own.train.labels),
         "test_networks": len(own.test.labels),
-        "seconds": {**seconds, "total": sum(seconds.values())},
+        "seconds": {**seconds, "total": round(time.perf_counter() - start, 1)},
         "machine": {"processor": processor_name(), "cores": available_cores(), "device": jax.devices()[0].device_kind},
         "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": {**dataclasses.asdict(config), "out": str(config.out)},
         "table": table.splitlines(),
     }
-    images = digits.images[split[1]]
-    save_figure(draw_digits(classifiers, outcomes, images, own.test, config.fits_per_image), out / "digits.png")
-    save_figure(draw_learning_curves(classifiers, outcomes), out / "learning_curves.png")
-    save_figure(draw_neural_graph(take(own.test.params, 0), int(own.test.labels[0])), out / "neural_graph.png")
     with write_atomically(out / "results.json") as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{out}: results.json, digits.png, learning_curves.png, neural_graph.png")
+    print(f"\n{table}\n\n{TABLE_NOTES}\n")
+    print(f"{results['seconds']['total']:.0f} s; numbers and pictures are in {out}")
     return results
 
 
@@ -193,7 +203,7 @@ def fit_networks(config: Config, digits: zoo.Digits, key: jax.Array, *, shared_s
         initial = zoo.init_siren(key, SIZES)
     else:
         initial = jax.vmap(lambda key: zoo.init_siren(key, SIZES))(jax.random.split(key, len(images)))
-    with tqdm.tqdm(total=len(images), unit=" networks", mininterval=1, leave=False) as bar:
+    with tqdm.tqdm(total=len(images), unit=" networks", disable=None) as bar:  # None: where there is no terminal
         fitted = zoo.fit_sirens(
             initial,
             images,
@@ -213,7 +223,7 @@ def split_networks(params: Any, labels: np.ndarray, split: tuple[np.ndarray, np.
         flat = jax.tree.map(lambda leaf: leaf[rows].reshape(-1, *leaf.shape[2:]), params)
         return Networks(flat, np.repeat(labels[rows], fits))
 
-    return Split(*map(of_images, split))
+    return Split(*map(of_images, split), fits)
 
 
 def shuffle_neurons(params: Any, key: jax.Array) -> Any:
@@ -234,66 +244,65 @@ def take(params: Any, rows: Any) -> Any:
 
 
 def make_classifiers(config: Config, own: Split, shared: Split) -> list[Classifier]:
-    graph = {"learning_rate": 2e-3, "batch_size": 16, "epochs": config.graph_epochs}
+    graph = {"learning_rate": 2e-3, "batch_size": 8, "epochs": config.graph_epochs}
     plain = {"learning_rate": 1e-3, "batch_size": 64, "epochs": config.epochs}
     return [
         Classifier("ng_gnn", "NG-GNN", own, *graph_network(config, own, config.probes), **graph),
         Classifier("ng_gnn_no_probe", "NG-GNN without probes", own, *graph_network(config, own, 0), **graph),
-        Classifier("probe_only", "probes alone", own, *probe_readout(), **plain),
+        Classifier("probe_only", "probes without graph", own, *probe_readout(config), **plain),
         Classifier("mlp", "MLP on flattened weights", own, *flat_mlp(own), **plain),
-        Classifier("mlp_shared_init", "MLP, all networks from one start", shared, *flat_mlp(shared), **plain),
+        Classifier("mlp_shared_init", "MLP, one shared start", shared, *flat_mlp(shared), **plain),
     ]
 
 
 def graph_network(config: Config, networks: Split, probes: int) -> tuple[Callable, Callable]:
-    encoder = ngjax.EncoderConfig(
-        reverse_edges=True, num_probes=probes, statistics=ngjax.weight_statistics(SPEC, networks.train.params)
-    )
+    statistics = ngjax.weight_statistics(SPEC, networks.train.params)
+    encoder = ngjax.EncoderConfig(reverse_edges=True, num_probes=probes, statistics=statistics)
     model = ngjax.WeightSpaceModel(
         backbone=ngjax.NGGNN(features=config.features, num_layers=config.layers, encoder=encoder),
-        readout=ngjax.GraphReadout(NUM_CLASSES, probe_outputs=probes > 0),
+        readout=ngjax.GraphReadout(NUM_CLASSES, hidden=256, probe_outputs=probes > 0),
+    )
+    return (
+        lambda key, params: model.init(key, ngjax.to_groups(SPEC, params), spec=SPEC),
+        lambda variables, params: model.apply(variables, ngjax.to_groups(SPEC, params), spec=SPEC),
     )
 
-    def init(key: jax.Array, params: Any) -> Any:
-        return model.init(key, ngjax.to_groups(SPEC, params), spec=SPEC)
 
-    def apply(variables: Any, params: Any, train: bool = False, key: jax.Array | None = None) -> jax.Array:
-        graph = ngjax.to_groups(SPEC, params)
-        return model.apply(variables, graph, spec=SPEC, train=train, rngs={} if key is None else {"dropout": key})
-
-    return init, apply
-
-
-def probe_readout() -> tuple[Callable, Callable]:
+def probe_readout(config: Config) -> tuple[Callable, Callable]:
     network = functools.partial(zoo.apply_siren, output_offset=OUTPUT_OFFSET)
-    model = ProbeReadout(network, num_inputs=SIZES[0], num_outputs=NUM_CLASSES)
-    return model.init, lambda variables, params, train=False, key=None: model.apply(variables, params)
+    model = ProbeReadout(network, num_inputs=SIZES[0], num_outputs=NUM_CLASSES, num_probes=config.probes)
+    return model.init, model.apply
 
 
 def flat_mlp(networks: Split) -> tuple[Callable, Callable]:
     model, statistics = FlatMLP(NUM_CLASSES), flat_statistics(networks.train.params)
     return (
         lambda key, params: model.init(key, params, statistics),
-        lambda variables, params, train=False, key=None: model.apply(variables, params, statistics),
+        lambda variables, params: model.apply(variables, params, statistics),
     )
 
 
-def train_and_test(classifier: Classifier, train_key: jax.Array, shuffle_key: jax.Array) -> Outcome:
+def train_and_test(classifier: Classifier, train_key: jax.Array, shuffle_key: jax.Array, *, seed: int) -> Outcome:
     networks, batch_size = classifier.networks, classifier.batch_size
     init_key, step_key = jax.random.split(train_key)
     variables = dict(jax.jit(classifier.init)(init_key, take(networks.train.params, slice(1))))
-    initial = variables.pop("params")  # the rest is not trained
+    initial = variables.pop("params")  # whatever else there is stays as it is
     count = len(networks.train.labels)
     num_steps = classifier.epochs * count // batch_size
-    rows_at = train.epoch_batches(count, batch_size, seed=0)
+    rows_at = train.epoch_batches(count, batch_size, seed=seed)
+
+    def logits_of(params: Any, networks: Any) -> jax.Array:
+        return classifier.apply({"params": params, **variables}, networks)
 
     def loss_fn(params: Any, batch: Networks, key: jax.Array) -> tuple[jax.Array, dict]:
-        logits = classifier.apply({"params": params, **variables}, batch.params, train=True, key=key)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean(), {}
+        del key
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits_of(params, batch.params), batch.labels)
+        return losses.mean(), {}
 
-    predict = jax.jit(lambda params, networks: classifier.apply({"params": params, **variables}, networks))
-    # Learning curves come from a part of the test networks, evenly spread over the images; the table from all.
-    part = np.arange(0, len(networks.test.labels), max(1, len(networks.test.labels) // 360))
+    predict = jax.jit(logits_of)
+    # Learning curves come from one network per test image, the table from all of them. Neither chooses anything: what
+    # is tested is the model after the last step.
+    part = slice(None, None, networks.fits_per_image)
 
     def evaluate(params: Any) -> dict[str, float]:
         logits = in_chunks(functools.partial(predict, params), take(networks.test.params, part))
@@ -302,14 +311,15 @@ def train_and_test(classifier: Classifier, train_key: jax.Array, shuffle_key: ja
     result = train.fit(
         loss_fn,
         initial,
-        lambda step: Networks(*take(networks.train, rows_at(step))),
+        lambda step: take(networks.train, rows_at(step)),
         optimizer=train.make_optimizer(
             classifier.learning_rate, warmup_steps=num_steps // 20, total_steps=num_steps, clip_norm=1.0
         ),
         num_steps=num_steps,
         key=step_key,
+        mesh=train.data_mesh(jax.devices()[:1]),
         evaluate=evaluate,
-        eval_every=max(1, num_steps // 12),
+        eval_every=math.ceil(num_steps / 12),
     )
     predict = functools.partial(predict, result.state.params)
     logits = in_chunks(predict, networks.test.params)
@@ -323,7 +333,9 @@ def train_and_test(classifier: Classifier, train_key: jax.Array, shuffle_key: ja
         largest_logit=float(np.abs(logits).max()),
         predictions=predictions,
         shuffled_predictions=shuffled_predictions,
-        curve=[(row["step"] * batch_size, row["eval/accuracy"]) for row in result.history if "eval/accuracy" in row],
+        curve=[
+            (row["step"] * batch_size / count, row["eval/accuracy"]) for row in result.history if "eval/accuracy" in row
+        ],
     )
 
 
@@ -351,7 +363,7 @@ def named_numbers(outcome: Outcome) -> dict[str, float]:
 
 def format_table(classifiers: list[Classifier], outcomes: dict[str, Outcome]) -> str:
     """The results as a table in Markdown."""
-    header = ("", "test accuracy", "neurons shuffled", "predictions changed", "largest change of a logit")
+    header = ("", "test accuracy", "neurons shuffled", "predictions changed", "largest logit change")
     rows = [
         (
             classifier.title,
@@ -366,21 +378,21 @@ def format_table(classifiers: list[Classifier], outcomes: dict[str, Outcome]) ->
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: tuple[str, ...]) -> str:
-        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths)))
-        return f"| {' | '.join([first, *others])} |"
+        aligned = [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
+        return f"| {' | '.join(aligned)} |"
 
-    rule = f"|{'|'.join('-' * (w + 1) + ('-' if i == 0 else ':') for i, w in enumerate(widths))}|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
+    return "\n".join(map(line, (header, rule, *rows)))
 
 
 @contextlib.contextmanager
-def stage(seconds: dict[str, float], title: str) -> Iterator[None]:
+def stage(seconds: dict[str, float], key: str, title: str) -> Iterator[None]:
     """Announces a part of the run and keeps how long it took."""
-    print(f"{title} ...", flush=True)
+    print(f"[{len(seconds) + 1}/{NUM_STAGES}] {title} ...", flush=True)
     start = time.perf_counter()
     yield
-    seconds[title] = round(time.perf_counter() - start, 1)
-    print(f"{title}: {seconds[title]:.0f} s", flush=True)
+    seconds[key] = round(time.perf_counter() - start, 1)
+    print(f"      {seconds[key]:.0f} s", flush=True)
 
 
 @contextlib.contextmanager
@@ -416,64 +428,57 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
 
 
 def draw_digits(
-    classifiers: list[Classifier], outcomes: dict[str, Outcome], images: np.ndarray, test: Networks, fits: int
+    classifiers: list[Classifier], outcomes: dict[str, Outcome], images: np.ndarray, test: Networks
 ) -> Figure:
     """Test images, what their networks draw, and what two classifiers read before and after shuffling."""
+    fits = len(test.labels) // len(images)
     labels = test.labels[::fits]
-    columns = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)]
+    columns = np.array([np.flatnonzero(labels == label)[0] for label in np.unique(labels)])
     _, height, width, _ = images.shape
     drawn = jax.vmap(lambda params: zoo.render(params, height, width, output_offset=OUTPUT_OFFSET))(
-        take(test.params, np.array(columns) * fits)
+        take(test.params, columns * fits)
     )
-    titles = {classifier.key: classifier.title for classifier in classifiers}
-    # Networks per image differ between the two sets.
-    shown = [("ng_gnn", fits), ("mlp_shared_init", 1)]
-    readings = [
-        (title, predictions[np.array(columns) * per_image])
-        for key, per_image in shown
-        for title, predictions in [
-            (f"{titles[key]} reads", outcomes[key].predictions),
-            ("... neurons shuffled", outcomes[key].shuffled_predictions),
-        ]
-    ]
+    readings = []
+    for classifier in classifiers:
+        if classifier.key in ("ng_gnn", "mlp_shared_init"):
+            outcome, rows = outcomes[classifier.key], columns * classifier.networks.fits_per_image
+            readings.append((f"{classifier.title} reads", outcome.predictions[rows]))
+            readings.append(("... neurons shuffled", outcome.shuffled_predictions[rows]))
     figure, axes = plt.subplots(
-        2 + len(readings), len(columns), figsize=(1.0 * len(columns) + 2, 4.6), height_ratios=[2, 2, 1, 1, 1, 1]
+        2 + len(readings), len(columns), figsize=(len(columns) + 2, 4.6), height_ratios=[2, 2, *[1] * len(readings)]
     )
-    axes = axes.reshape(2 + len(readings), len(columns))
     for j, column in enumerate(columns):
         for axis, image in zip(axes[:2, j], (images[column], drawn[j]), strict=True):
             axis.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=1)
         for axis, (_, predictions) in zip(axes[2:, j], readings, strict=True):
-            right = predictions[j] == labels[column]
-            axis.set_facecolor("#2e7d32" if right else "#c62828")
+            axis.set_facecolor("#2e7d32" if predictions[j] == labels[column] else "#c62828")
             axis.text(0.5, 0.45, str(predictions[j]), color="white", ha="center", va="center", weight="bold", size=12)
+    titles = ["image", "drawn by its network", *(title for title, _ in readings)]
+    for axis, title in zip(axes[:, 0], titles, strict=True):
+        axis.set_ylabel(title, rotation=0, ha="right", va="center")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    for axis, title in zip(
-        axes[:, 0], ["image", "drawn by its network", *(title for title, _ in readings)], strict=True
-    ):
-        axis.set_ylabel(title, rotation=0, ha="right", va="center")
-    figure.suptitle("Digits of the test set, read from the weights of the networks that draw them", y=0.95)
+    figure.suptitle("Digits of the test set, read from the weights of networks that draw them", y=0.95)
     return figure
 
 
 def draw_learning_curves(classifiers: list[Classifier], outcomes: dict[str, Outcome]) -> Figure:
     """Accuracy on networks of the test images during training."""
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    for i, classifier in enumerate(classifiers):
-        seen, accuracy = np.array(outcomes[classifier.key].curve).T
-        passes = seen / len(classifier.networks.train.labels)
-        axis.plot(passes, accuracy, marker="o", markersize=3, color=f"C{i}", label=classifier.title)
+    for classifier in classifiers:
+        axis.plot(*zip(*outcomes[classifier.key].curve, strict=True), marker="o", markersize=3, label=classifier.title)
     axis.axhline(1 / NUM_CLASSES, color="gray", linestyle=":", label="guessing")
     axis.set(
         xscale="log",
         xlabel="passes over the training networks",
         ylabel="accuracy on test networks",
         ylim=(0, 1),
-        title="Reading digits from weights",
+        title="Learning to read digits from weights",
     )
-    axis.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
+    axis.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    axis.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
@@ -482,29 +487,36 @@ def draw_learning_curves(classifiers: list[Classifier], outcomes: dict[str, Outc
 def draw_neural_graph(params: Any, label: int) -> Figure:
     """One network as its neural graph: a column of nodes per layer, colored by bias, edges colored by weight."""
     graph = ngjax.to_groups(SPEC, params)
-    biases, weights = np.asarray(graph.nodes)[:, 0], [np.asarray(edges).squeeze((0, 3, 4)) for edges in graph.edges]
-    places = [np.stack([np.full(n, x), np.linspace(1, -1, n + 2)[1:-1]], axis=-1) for x, n in enumerate(SIZES)]
-    names = ["x, y", *(f"hidden layer {i}" for i in range(1, len(SIZES) - 1)), "pixel value"]
+    biases = np.asarray(graph.nodes)[:, 0]
+    weights = [np.asarray(edges).reshape(sizes) for edges, sizes in zip(graph.edges, pairwise(SIZES), strict=True)]
+    columns = [np.stack([np.full(n, x), np.linspace(1, -1, n + 2)[1:-1]], axis=-1) for x, n in enumerate(SIZES)]
 
-    figure, axis = plt.subplots(figsize=(9, 6))
-    for sources, targets, weight in zip(places, places[1:], weights, strict=False):
-        largest = np.abs(weight).max()
+    figure, axis = plt.subplots(figsize=(10, 6))
+    for (sources, targets), weight in zip(pairwise(columns), weights, strict=True):
         lines = np.stack(np.broadcast_arrays(sources[:, None], targets[None]), axis=-2).reshape(-1, 2, 2)
-        strength = np.abs(weight).ravel() / largest
-        order = np.argsort(strength)  # strong ones on top
-        colors = mpl.colormaps["RdBu_r"](0.5 + 0.5 * weight.ravel() / largest)
-        colors[:, 3] = strength
-        axis.add_collection(LineCollection(lines[order], colors=colors[order], linewidths=0.2 + 1.5 * strength[order]))
-    nodes = np.concatenate(places)
+        share = weight.ravel() / np.abs(weight).max()
+        order = np.argsort(np.abs(share))  # strong ones on top
+        colors = mpl.colormaps["RdBu_r"](0.5 + 0.5 * share)
+        colors[:, 3] = np.abs(share)
+        axis.add_collection(
+            LineCollection(lines[order], colors=colors[order], linewidths=0.2 + 1.5 * np.abs(share[order]))
+        )
     largest = np.abs(biases).max()
-    points = axis.scatter(*nodes.T, c=biases, cmap="PuOr", vmin=-largest, vmax=largest, s=70, edgecolors="k", zorder=3)
-    for x, name in enumerate(names):
-        axis.text(x, 1.08, f"{name}\n{SIZES[x]} nodes", ha="center", va="bottom")
+    nodes = axis.scatter(
+        *np.concatenate(columns).T, c=biases, cmap="PuOr", vmin=-largest, vmax=largest, s=70, edgecolors="k", zorder=3
+    )
+    names = ["x, y", *(f"hidden layer {i}" for i in range(1, len(SIZES) - 1)), "pixel"]
+    for x, (name, size) in enumerate(zip(names, SIZES, strict=True)):
+        axis.text(x, 1.05, f"{name}\n{size} node{'s' * (size > 1)}", ha="center", va="bottom")
+    picture = axis.inset_axes((len(SIZES) - 0.85, -0.25, 0.6, 0.5), transform=axis.transData)
+    picture.imshow(zoo.render(params, 8, 8, output_offset=OUTPUT_OFFSET)[..., 0], cmap="gray_r", vmin=0, vmax=1)
+    picture.set(xticks=[], yticks=[])
+    picture.set_title("what it draws", fontsize=10)
+    axis.set(ylim=(-1, 1.2), xlim=(-0.15, len(SIZES) - 0.15))
     axis.set_axis_off()
-    axis.set(ylim=(-1.05, 1.25))
-    figure.colorbar(points, label="node: bias", shrink=0.6, pad=0.02)
     edges = mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), "RdBu_r")
-    figure.colorbar(edges, ax=axis, label="edge: weight / largest of its layer", shrink=0.6, pad=0.06)
+    figure.colorbar(nodes, ax=axis, label="nodes: bias", shrink=0.6, pad=0.02)
+    figure.colorbar(edges, ax=axis, label="edges: weight, relative to the largest of its layer", shrink=0.6, pad=0.03)
     axis.set_title(f"The neural graph of a network that draws a {label}", pad=20)
     return figure
 

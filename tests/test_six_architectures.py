@@ -1019,6 +1019,16 @@ def test_round_trips_are_exact_with_batch_and_feature_axes_under_jit_and_vmap(ca
     assert nodes.shape == (2, 3, spec.num_nodes, 4)
 
 
+def test_a_mirror_is_read_and_never_written_back():
+    case = build("tied_embeddings")
+    params = perturbed_params(case, 1)
+    groups = to_groups(case.spec, params)
+    [mirror] = [i for i, group in enumerate(case.spec.edge_groups) if group.mirror]
+    np.testing.assert_array_equal(groups.edges[mirror][0, :, :, 0, 0], params["embedding"].T)
+    changed = groups._replace(edges=(*groups.edges[:mirror], groups.edges[mirror] + 1))
+    assert_trees_equal(to_params(case.spec, changed), params)
+
+
 def test_layouts_join_what_they_split(case):
     for group in case.spec.edge_groups:
         for end, layout in (("source", group.source_layout), ("target", group.target_layout)):

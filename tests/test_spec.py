@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 
 import jax
 import numpy as np
@@ -58,6 +59,15 @@ def test_specs_are_immutable_hashable_and_equal_by_value():
     assert {SPEC: 1}[again] == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         SPEC.params = ()
+
+
+def test_specs_are_pickled_without_what_they_cache():
+    hash(SPEC)
+    assert "_hash" in vars(SPEC)
+    received = pickle.loads(pickle.dumps(SPEC))
+    assert received == SPEC
+    assert received.treedef == SPEC.treedef
+    assert set(vars(received)) == {field.name for field in dataclasses.fields(SPEC)}
 
 
 @pytest.mark.parametrize(
@@ -239,6 +249,22 @@ def one_group(**changes):
     return NeuralGraphSpec(**(fields | changes))
 
 
+def overlapping():
+    """As many homes as scalars, but one of these has two and another none."""
+    views = (
+        param_view(0, (6,), target=(0,), splits={0: (4,)}),
+        param_view(0, (6,), target=(0,), starts={0: 3}, splits={0: (2,)}),
+    )
+    return one_group(
+        params=(ONE[0]._replace(shape=(6,), axes=("m",)),),
+        node_groups=(
+            NodeGroup("n", 4, "hidden", 1, "n", bias=views[0]),
+            NodeGroup("o", 2, "hidden", 1, "o", bias=views[1]),
+        ),
+        actions=(fixed("n", 4, "x"), fixed("o", 2, "x"), fixed("m", 6, "x")),
+    )
+
+
 def test_the_smallest_spec_is_accepted():
     assert one_group().num_nodes == 4
 
@@ -342,6 +368,11 @@ def test_the_smallest_spec_is_accepted():
             ),
             "does not make 4 blocks",
         ),
+        (
+            lambda: with_edge(SPEC, 1, source="hidden_2", view=KERNEL._replace(sizes=(3, 3), splits=((3,), (3,)))),
+            r"layer_1/kernel \(4, 3\): every scalar needs exactly one home, but 1 views hold 9 of 12 scalars$",
+        ),
+        (overlapping, r"w \(6,\).*2 views hold 6 of 6 scalars and overlap"),
         # views
         (lambda: with_edge(SPEC, 1, view=KERNEL._replace(param=9)), "there is no parameter number 9"),
         (lambda: with_edge(SPEC, 1, view=KERNEL._replace(starts=(0,))), "does not have one entry per axis"),

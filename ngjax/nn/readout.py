@@ -138,8 +138,8 @@ class ParamsReadout(nn.Module):
       output_scale: initial value of a learned factor per layer for weights and one for biases; `None` for none.
       max_layers: layers with factors of their own.
       bias_alignment: `"reference"` reads biases from nodes that stand as many places too early as the network has
-        inputs, as the PyTorch implementation of the paper does in its NG-GNN editor, which is then not equivariant; needs a
-        spec. For checkpoints trained that way.
+        inputs, as the PyTorch implementation of the paper does in its NG-GNN editor, which is then not equivariant;
+        needs a spec. For checkpoints trained that way.
       kernel_range: kernel positions with maps of their own; see `EncoderConfig`.
       dtype: of the computation; parameters are float32.
     """

@@ -1,4 +1,4 @@
-"""Permuted networks in: equal logits and permuted edits out, to float precision, at initialization and after training."""
+"""Permuted networks in: equal logits and permuted edits out, to float precision, before and after training."""
 
 import functools
 import itertools
@@ -68,7 +68,8 @@ def errors_of(model, variables, spec, networks, move, run_padded=None):
 
     @jit
     def unpadded(variables, stacked):
-        logits, edit = model.apply(variables, ngjax.to_groups(spec, stacked), spec=spec)
+        graph = ngjax.to_groups(spec, stacked, feature_axis=False)  # two networks, whatever the widths
+        logits, edit = model.apply(variables, graph, spec=spec)
         results = {"blocks": (logits, ngjax.to_params(spec, edit))}
         if not last:
             listed = [

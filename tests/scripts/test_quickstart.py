@@ -96,9 +96,9 @@ def test_no_network_of_a_test_image_is_trained_on(quickstart):
     networks = quickstart.split_networks(params, labels, split)
     assert networks.train.params["kernel"].shape == (48, 5)
     assert networks.test.params["kernel"].shape == (12, 5)
-    trained, tested = (set(part.params["kernel"].ravel().tolist()) for part in networks)
+    trained, tested = (set(part.params["kernel"].ravel().tolist()) for part in networks[:2])
     assert trained.isdisjoint(tested)
-    for part in networks:
+    for part in networks[:2]:
         np.testing.assert_array_equal(part.labels, part.params["kernel"][:, 0] % 2)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +113,8 @@ def to_groups(spec: NeuralGraphSpec, params: Any, *, feature_axis: bool | None =
     """The weights as node and edge groups.
 
     Leaves may carry any leading batch axes, and one trailing feature axis of length F (value, gradient, momenta, ...).
-    Which of the two an extra axis is, is read off the shapes; where both readings fit every leaf, it is the feature
-    axis (but a batch axis if it has length one).
+    Which of the two an extra axis is, is read off the shapes; where both readings fit every leaf (a batch of `n`
+    networks all of whose layers have width `n`), it is a batch axis.
 
     Args:
       spec: of the architecture.
@@ -246,10 +246,10 @@ def _floating_leaves(spec: NeuralGraphSpec, params: Any, feature_axis: bool | No
             raise TypeError(f"parameter {format_path(param.path)}: expected an array, received {type(leaf).__name__}")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"parameter {format_path(param.path)}: expected a floating array, received {leaf.dtype}")
-    readings = [r for r in (True, False) if feature_axis in (None, r) and _reading_fits(floating, r)]
-    if not readings:
+    readings = (False, True) if feature_axis is None else (feature_axis,)
+    has_features = next((r for r in readings if _reading_fits(floating, r)), None)
+    if has_features is None:
         _raise_shape_error(floating)
-    has_features = readings[0] if floating[0][1].shape[-1:] != (1,) else readings[-1]
     return [leaf if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)], has_features
 
 
@@ -267,7 +267,7 @@ def _reading_fits(floating: list[tuple[Any, Any]], has_features: bool) -> bool:
     return len(extras) == 1
 
 
-def _raise_shape_error(floating: list[tuple[Any, Any]]) -> None:
+def _raise_shape_error(floating: list[tuple[Any, Any]]) -> NoReturn:
     for param, leaf in floating:
         if not (_reading_fits([(param, leaf)], True) or _reading_fits([(param, leaf)], False)):
             raise ValueError(

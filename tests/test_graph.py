@@ -267,10 +267,10 @@ def test_one_feature_needs_feature_axis():
         to_params(spec, to_graph(spec, mlp_params(trail=(2,))), feature_axis=False)
 
 
-def test_where_both_readings_fit_it_is_features_unless_told_otherwise():
+def test_where_both_readings_fit_it_is_a_batch_unless_told_otherwise():
     spec, params = mlp_spec([3, 3, 3]), mlp_params([3, 3, 3], lead=(3,))
-    assert to_graph(spec, params).nodes.features.shape == (9, 3)
-    graph = to_graph(spec, params, feature_axis=False)
+    assert to_graph(spec, params, feature_axis=True).nodes.features.shape == (9, 3)
+    graph = to_graph(spec, params)
     assert graph.nodes.features.shape == (3, 9, 1)
     assert_same(to_params(spec, graph), params)
     np.testing.assert_array_equal(graph.nodes.features[:, 3:6, 0], params["layer_0"]["bias"])

@@ -192,9 +192,9 @@ def slices(tree, lead, trail):
 def test_feature_axis_says_which_axis_is_which():
     spec, params = mlp_spec([3, 3, 3]), mlp_params([3, 3, 3], lead=(3,))
     perms = {"hidden_1": np.array([1, 2, 0], np.int32)}
-    as_batch = permute_params(spec, perms, params, feature_axis=False)
+    as_batch = permute_params(spec, perms, params)
     np.testing.assert_array_equal(as_batch["layer_0"]["bias"], params["layer_0"]["bias"][:, [1, 2, 0]])
-    as_features = permute_params(spec, perms, params)
+    as_features = permute_params(spec, perms, params, feature_axis=True)
     np.testing.assert_array_equal(as_features["layer_0"]["bias"], params["layer_0"]["bias"][[1, 2, 0]])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ngjax.trig import sincos
 
-SirenParams: TypeAlias = dict[str, dict[str, Array | np.ndarray]]
+SirenParams: TypeAlias = Mapping[str, Mapping[str, Array | np.ndarray]]
 
 
 class SirenFits(NamedTuple):

@@ -94,7 +94,7 @@ def apply_siren(
     return _linear(params[f"layer_{last}"], x) + output_offset
 
 
-def _linear(layer: dict[str, Array | np.ndarray], x: Array) -> Array:
+def _linear(layer: Mapping[str, Array | np.ndarray], x: Array) -> Array:
     # In full float32 also where the default is less: omega times this is an angle.
     return jnp.matmul(x, layer["kernel"], precision=lax.Precision.HIGHEST) + layer["bias"]
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import jraph
 from jaxtyping import Array
@@ -82,7 +83,8 @@ def batch_graphs(graphs: Sequence[jraph.GraphsTuple], budget: GraphBudget) -> jr
     spare_nodes, spare_edges = budget.nodes - num_nodes, budget.edges - num_edges
     spare_graphs = budget.graphs - num_graphs
     grid = tuple(max(graph.edges.offsets.shape[axis] for graph in graphs) for axis in range(3))
-    dtype = jnp.result_type(*(graph.nodes.features.dtype for graph in graphs))
+    with jax.numpy_dtype_promotion("standard"):  # one dtype that holds all, also for users who forbid promotion
+        dtype = jnp.result_type(*(graph.nodes.features.dtype for graph in graphs))
 
     def node_column(name: str, fill: int) -> Array:
         parts = [getattr(graph.nodes, name) for graph in graphs]

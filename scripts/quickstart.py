@@ -49,7 +49,8 @@ NUM_STAGES = 7
 TABLE_NOTES = """\
 neurons shuffled: the test accuracy after the hidden neurons of every test network were put into a random order, which
   leaves what it draws as it was; then the share of predictions and the largest change of a logit this made.
-one shared start: all networks were fitted from the same initial weights, the others each from weights of its own."""
+one shared start: all networks were fitted from the same initial weights, the others each from weights of its own.
+without probes: the graph alone has to find out what a network draws, which takes far more networks and passes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Config:
 
     out: pathlib.Path
     """Folder for results and pictures."""
-    seed: int = 0
+    seed: int = 1
+    """Of everything random. The settings below were chosen with seed 0, that is on another split of the images."""
     num_images: int | None = None
     """How many of the digits to use, all by default."""
     test_fraction: float = 0.2

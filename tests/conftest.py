@@ -21,6 +21,8 @@ import pytest
 jaxtyping.install_import_hook("ngjax", "beartype.beartype")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Programs here run a few times on a few numbers: compiling is most of their cost, and LLVM most of that.
+jax.config.update("jax_disable_most_optimizations", True)
 matplotlib.use("agg")
 
 # Examples are derived from the test itself, so every run tries the same ones; a compilation

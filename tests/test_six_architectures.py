@@ -843,15 +843,6 @@ def build(name):
     return case._replace(forward=jax.jit(case.forward))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles():
-    """Every program here runs a few times on a few numbers: compiling is all of its cost."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(params=list(BUILDERS))
 def case(request):
     return build(request.param)
@@ -1006,7 +997,19 @@ def test_round_trips_are_exact(case, params):
     assert_trees_equal(to_params(spec, to_groups(spec, params)), params)
 
 
-def test_round_trips_are_exact_with_batch_and_feature_axes_under_jit_and_vmap(case):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense_net",
+        "attention_interleaved",
+        "gated_unit",
+        "group_norm_block",
+        "scanned_attention",
+        "tied_embeddings",
+    ],
+)
+def test_round_trips_are_exact_with_batch_and_feature_axes_under_jit_and_vmap(name):
+    case = build(name)
     spec = case.spec
     batch = perturbed_params(case, 4, lead=(2, 3), trail=(4,))
 

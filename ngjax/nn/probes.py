@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ngjax.graph import join_nodes, split_nodes
 from ngjax.nn.activations import activation_function, apply_activations
 from ngjax.nn.topology import BlockTopology, Edges, ListTopology, Topology
 from ngjax.spec import ROLES
@@ -63,11 +64,10 @@ def _by_blocks(
                 raise ValueError(
                     f"edge group {edge_group.name!r} leads back to {group.name!r}: the network has a cycle"
                 )
-            blocks, n_in, _ = spec.edge_block_shape(edge_group)
-            source = values[edge_group.source].reshape(*lead, blocks, n_in, probes)
+            source = split_nodes(values[edge_group.source], edge_group.blocks, edge_group.source_layout)
             # Products with as few as two inputs: full precision, as elsewhere in the network that is probed.
             summed = jnp.einsum("...bio,...bip->...bop", weights[..., 0, 0], source, precision="highest")
-            total = total + summed.reshape(*lead, group.size, probes)
+            total = total + join_nodes(summed, edge_group.target_layout)
         values[group.name] = activation_function(group.activation)(total)
     return jnp.concatenate([values[group.name] for group in spec.node_groups], axis=-2)
 

@@ -15,7 +15,7 @@ from ngjax.nn import NGGNN, NGT, EncoderConfig, GraphReadout, ParamsReadout
 ENCODER = EncoderConfig(max_inputs=3, max_hidden_layers=3, max_outputs=2)
 
 # Nothing here is large: half of the time of a test would be LLVM's.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+jit = jax.jit
 
 
 def gnn(**settings) -> NGGNN:

@@ -1,6 +1,5 @@
 """Small models and networks for the tests of `ngjax.nn`, and random variables for them without compiling `init`."""
 
-import functools
 import itertools
 from typing import Any
 

@@ -77,10 +77,10 @@ def test_outputs_and_gradients_are_those_of_each_network_alone(kind):
     for spec, own, (_, single) in zip(specs, unbatch_graphs(edit, graphs), singles, strict=True):
         assert error(ngjax.to_params(spec, own), ngjax.to_params(spec, single), at_least=1.0) < 1e-6
     assert not np.any(edit.nodes.features[18:]), "padding of the result is zero"
-    # The sums over nodes and edges of the gradients of parameters round in another order.
+    # Sums over nodes and edges round in another order in programs of another shape, and derivatives add that up.
     assert error(gradients[0], expected[0], at_least=1.0) < 4e-6
     for ours, theirs in zip(gradients[1], expected[1], strict=True):
-        assert error(ours, theirs, at_least=1.0) < 1e-6
+        assert error(ours, theirs, at_least=1.0) < (1e-6 if kind == "ng-gnn" else 4e-6)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)

@@ -20,7 +20,7 @@ import jraph
 import numpy as np
 from jaxtyping import Array, Float
 
-from ngjax.graph import GlobalData, GroupedGraph, flatten_groups, group_graph, join_nodes, split_nodes
+from ngjax.graph import GlobalData, GroupedGraph, flatten_groups, group_graph, join_nodes, node_fields, split_nodes
 from ngjax.spec import ROLES, NeuralGraphSpec, NodeLayout, pad_kernel_shape
 
 Edges = tuple[Array, ...]
@@ -140,9 +140,7 @@ class BlockTopology:
 
     def by_node(self, name: str) -> Array:
         """A field of the node groups, `[N]`: `role`, `activation` or `level`."""
-        sizes = [group.size for group in self.spec.node_groups]
-        values = [ROLES.index(g.role) if name == "role" else getattr(g, name) for g in self.spec.node_groups]
-        return jnp.concatenate([jnp.full(n, v, jnp.int32) for n, v in zip(sizes, values, strict=True)])
+        return node_fields(self.spec)[name]
 
     def edge_levels(self) -> Edges:
         """Level of the target of each forward bundle, one number."""

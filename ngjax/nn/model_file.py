@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from ngjax.files import write_atomically
 from ngjax.nn.encoder import EncoderConfig, WeightStatistics
 from ngjax.nn.gnn import NGGNN
 from ngjax.nn.readout import GraphReadout, ParamsReadout, WeightSpaceModel
@@ -70,16 +70,8 @@ def save_model(
         "metadata": json.dumps(dict(metadata or {})),
     }
     content = safetensors.numpy.save(arrays, metadata=header)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with write_atomically(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def load_model(path: str | os.PathLike[str]) -> LoadedModel:

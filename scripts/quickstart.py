@@ -39,6 +39,7 @@ from matplotlib.figure import Figure
 import ngjax
 from ngjax import train, zoo
 from ngjax.baselines import FlatMLP, ProbeReadout, flat_statistics
+from ngjax.files import write_atomically
 
 SIZES = (2, 32, 32, 1)
 SPEC = ngjax.mlp_spec(SIZES, activation="siren")
@@ -149,7 +150,7 @@ def main(config: Config) -> dict[str, Any]:
     fit_key, train_key, shuffle_key = jax.random.split(jax.random.key(config.seed), 3)
 
     digits = zoo.load_digits()
-    digits = zoo.Digits(*(array[: config.num_images] for array in digits))
+    digits = digits._replace(images=digits.images[: config.num_images], labels=digits.labels[: config.num_images])
     split = zoo.stratified_split(digits.labels, test_fraction=config.test_fraction, seed=config.seed)
     print(f"{len(digits.labels)} digits, {len(split[1])} of them for testing")
 
@@ -197,7 +198,7 @@ def main(config: Config) -> dict[str, Any]:
 # -- networks ---------------------------------------------------------------------------------------------------------
 
 
-def fit_networks(config: Config, digits: zoo.Digits, key: jax.Array, *, shared_start: bool) -> tuple[Any, float]:
+def fit_networks(config: Config, digits: zoo.Images, key: jax.Array, *, shared_start: bool) -> tuple[Any, float]:
     """Networks that draw the digits, leaves `[images, fits, ...]`, and the median of their PSNR in dB."""
     fits = 1 if shared_start else config.fits_per_image
     images = np.repeat(digits.images, fits, axis=0)
@@ -395,17 +396,6 @@ def stage(seconds: dict[str, float], key: str, title: str) -> Iterator[None]:
     yield
     seconds[key] = round(time.perf_counter() - start, 1)
     print(f"      {seconds[key]:.0f} s", flush=True)
-
-
-@contextlib.contextmanager
-def write_atomically(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to that becomes `path` when all is written."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def processor_name() -> str:

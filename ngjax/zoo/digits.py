@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
+
+from ngjax.zoo.images import IMAGE_SETS, Images
 
 
-class Digits(NamedTuple):
-    """Images with labels.
-
-    Attributes:
-      images: pixel values in [0, 1], 1 is ink.
-      labels: the digits shown.
-    """
-
-    images: Float[np.ndarray, "N 8 8 1"]
-    labels: Int[np.ndarray, " N"]
-
-
-def load_digits() -> Digits:
-    """The 1,797 digits (Alpaydin and Kaynak, 1998), always in the same order.
+def load_digits() -> Images:
+    """The 1,797 digits (Alpaydin and Kaynak, 1998), always in the same order; a pixel of 1 is ink.
 
     Raises:
       ImportError: scikit-learn is not installed.
@@ -34,7 +22,8 @@ def load_digits() -> Digits:
         ) from error
     bunch = datasets.load_digits()
     # Each pixel counts the ink in a block of 4 x 4 of the original scan.
-    return Digits((bunch.images[..., None] / 16).astype(np.float32), bunch.target.astype(np.int32))
+    images = (bunch.images[..., None] / 16).astype(np.float32)
+    return Images(images, bunch.target.astype(np.int32), IMAGE_SETS["digits"].class_names)
 
 
 def stratified_split(

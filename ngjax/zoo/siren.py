@@ -8,22 +8,25 @@ b_0)) ...)) + b_L`, and its weights are what the models of this library read. Pa
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+import os
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ngjax.trig import sincos
 
 SirenParams: TypeAlias = Mapping[str, Mapping[str, Array | np.ndarray]]
+InitRule: TypeAlias = Literal["sitzmann", "dwsnets"]
 
 
 class SirenFits(NamedTuple):
@@ -31,38 +34,53 @@ class SirenFits(NamedTuple):
 
     Attributes:
       params: `{"layer_0": {"kernel": [B, in, out], "bias": [B, out]}, ...}`.
-      mse: mean squared error of each network over the pixels and channels of its image.
+      mse: mean squared error of each network over the pixels and channels of its image, for pixels in [0, 1].
       psnr: peak signal-to-noise ratio in dB for a peak of 1, `-10 log10(mse)`.
+      steps: how many steps of Adam each network took.
     """
 
     params: SirenParams
     mse: Float[Array, " B"]
     psnr: Float[Array, " B"]
+    steps: Int[Array, " B"]
 
 
-def init_siren(key: PRNGKeyArray, sizes: Sequence[int], *, omega: float = 30.0) -> SirenParams:
-    """Random parameters as in Sitzmann et al. 2020, section 3.2.
+def init_siren(
+    key: PRNGKeyArray, sizes: Sequence[int], *, omega: float = 30.0, rule: InitRule = "sitzmann"
+) -> SirenParams:
+    """Random parameters by one of two rules.
 
-    Kernels are uniform, in `±1/fan_in` for the first layer and `±sqrt(6/fan_in)/omega` for the others, which makes the
-    argument of every sine behind the first layer standard normal. The paper leaves the biases open; here they are
-    uniform in `±1/sqrt(fan_in)`, PyTorch's default for linear layers, which the authors' code and the published zoos of
-    SIRENs kept.
+    `"sitzmann"` is that of Sitzmann et al. 2020, section 3.2: kernels are uniform, in `±1/fan_in` for the first layer
+    and `±sqrt(6/fan_in)/omega` for the others, which makes the argument of every sine behind the first layer standard
+    normal. The paper leaves the biases open; here they are uniform in `±1/sqrt(fan_in)`, PyTorch's default for linear
+    layers, which the authors' code kept.
+
+    `"dwsnets"` is that of the zoos of Navon et al. 2023 (arXiv 2301.12780), as their code has it: kernels of all sine
+    layers are uniform in `±sqrt(6/fan_in)/omega`, the first one too, and their biases zero. The last layer is
+    PyTorch's default, kernel and bias uniform in `±1/sqrt(fan_in)`.
 
     Args:
       key: a JAX random key.
       sizes: neurons per layer, input and output included.
       omega: frequency of the sines, the same as in `apply_siren`.
+      rule: `"sitzmann"` or `"dwsnets"`.
 
     Raises:
-      ValueError: fewer than two sizes, or one below 1.
+      ValueError: fewer than two sizes, or one below 1, or an unknown rule.
     """
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes: expected at least an input and an output size, all positive; received {tuple(sizes)}")
+    if rule not in typing.get_args(InitRule):
+        raise ValueError(f"rule: expected one of {typing.get_args(InitRule)}, received {rule!r}")
     params = {}
+    last = len(sizes) - 2
     for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         kernel_key, bias_key = jax.random.split(jax.random.fold_in(key, layer))
-        kernel_bound = 1 / fan_in if layer == 0 else math.sqrt(6 / fan_in) / omega
-        bias_bound = 1 / math.sqrt(fan_in)
+        sine_bound, linear_bound = math.sqrt(6 / fan_in) / omega, 1 / math.sqrt(fan_in)
+        if rule == "sitzmann":
+            kernel_bound, bias_bound = 1 / fan_in if layer == 0 else sine_bound, linear_bound
+        else:
+            kernel_bound, bias_bound = (linear_bound, linear_bound) if layer == last else (sine_bound, 0.0)
         params[f"layer_{layer}"] = {
             "kernel": jax.random.uniform(kernel_key, (fan_in, fan_out), minval=-kernel_bound, maxval=kernel_bound),
             "bias": jax.random.uniform(bias_key, (fan_out,), minval=-bias_bound, maxval=bias_bound),
@@ -132,23 +150,29 @@ def fit_sirens(
     learning_rate: float = 1e-3,
     omega: float = 30.0,
     output_offset: float = 0.0,
-    chunk_bytes: int = 2**25,
+    pixel_range: tuple[float, float] = (0.0, 1.0),
+    stop_psnr: float | None = None,
+    chunk_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SirenFits:
     """One SIREN per image, all fitted at once: Adam on the mean squared error over all pixels.
 
-    Every network is fitted by itself, so the result for one does not depend on which others are fitted with it.
+    Every network is fitted by itself: the result for one depends neither on the others nor, up to rounding, on how
+    many are fitted together.
 
     Args:
       initial: where to start. Leaves with a leading axis `B` start every network from its own parameters
         (`jax.vmap(init_siren, (0, None))(keys, sizes)`), leaves without it start all of them from the same.
-      images: pixel values, best in [0, 1].
-      steps: of Adam, each over all pixels.
+      images: pixel values in [0, 1].
+      steps: of Adam at most, each over all pixels.
       learning_rate: of Adam.
       omega: frequency of the sines.
       output_offset: see `apply_siren`.
-      chunk_bytes: how much memory activations may take. As many networks as fit go through all steps together, then
-        the next ones; on CPU they should stay in cache.
+      pixel_range: what the networks give for pixels of 0 and of 1.
+      stop_psnr: a network that has reached this many dB is left as it is. `None`: all take all steps.
+      chunk_bytes: how much memory the activations of a chunk may take, by default what suits the device. As many
+        networks as fit go through all steps together. On CPU every core works on a chunk of its own, which should
+        stay in that core's cache.
       progress: called with the numbers of networks done and of all, after each chunk.
 
     Raises:
@@ -160,66 +184,151 @@ def fit_sirens(
         raise ValueError("images: expected at least one, received none")
     if not np.isfinite(images).all():
         raise ValueError(f"images: image {np.argwhere(~np.isfinite(images))[0, 0]} has values that are not finite")
+    low, high = pixel_range
+    if not low < high:
+        raise ValueError(f"pixel_range: expected two increasing numbers, received {pixel_range}")
     initial = _stack(initial, count, channels)
+    names = [(f"layer_{layer}", kind) for layer in range(len(initial)) for kind in ("kernel", "bias")]
+    shapes = tuple(initial[layer][kind].shape[1:] for layer, kind in names)
+    start = np.concatenate([initial[layer][kind].reshape(count, -1) for layer, kind in names], axis=1)
 
-    fit_chunk = functools.partial(
-        _fit_chunk,
-        jnp.asarray(image_coordinates(height, width)),
-        steps=steps,
-        learning_rate=learning_rate,
-        omega=omega,
-        output_offset=output_offset,
-    )
-    targets = images.reshape(count, height * width, channels)
-    neurons = sum(layer["bias"].shape[-1] for layer in initial.values())
+    coordinates = jnp.asarray(image_coordinates(height, width))
+    (device,) = coordinates.devices()
+    # Committed: which device is the default is known to this thread only.
+    coordinates = jax.device_put(coordinates, device)
+    on_cpu = device.platform == "cpu"
+    if chunk_bytes is None:
+        chunk_bytes = _CPU_CHUNK_BYTES if on_cpu else _ACCELERATOR_CHUNK_BYTES
+    neurons = sum(shape[-1] for shape in shapes[::2])
     # Sine, cosine and two cotangents of every neuron at every pixel.
     chunk = max(1, chunk_bytes // (4 * 4 * neurons * height * width))
     # Of equal size, so that one program serves all; what the last one lacks is filled with repetitions.
     chunk = math.ceil(count / math.ceil(count / chunk))
+
+    def fit_chunk(first: int) -> tuple[np.ndarray, ...]:
+        rows = np.arange(first, first + chunk).clip(max=count - 1)
+        targets = low + (high - low) * images[rows].reshape(chunk, height * width, channels)
+        fitted = _fit_chunk(
+            coordinates,
+            start[rows],
+            targets,
+            stop_mse=np.float32(-1.0 if stop_psnr is None else (high - low) ** 2 * 10 ** (-stop_psnr / 10)),
+            shapes=shapes,
+            steps=steps,
+            learning_rate=learning_rate,
+            omega=omega,
+            output_offset=output_offset,
+        )
+        return jax.device_get(fitted)
+
     fits = []
-    for start in range(0, count, chunk):
-        rows = np.arange(start, start + chunk).clip(max=count - 1)
-        fits.append(fit_chunk(jax.tree.map(lambda leaf, rows=rows: leaf[rows], initial), targets[rows]))
+    for part in _in_threads(fit_chunk, range(0, count, chunk), _available_cores() if on_cpu else 1):
+        fits.append(part)
         if progress is not None:
-            jax.block_until_ready(fits[-1])
-            progress(min(start + chunk, count), count)
-    params, mse = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:count], *fits)
-    return SirenFits(params, mse, -10 * jnp.log10(mse))
+            progress(min(len(fits) * chunk, count), count)
+    flat, mse, taken = (np.concatenate(parts)[:count] for parts in zip(*fits, strict=True))
+    params: dict[str, dict[str, Array]] = {layer: {} for layer, _ in names}
+    for (layer, kind), leaf in zip(names, _unflatten(jnp.asarray(flat), shapes), strict=True):
+        params[layer][kind] = leaf
+    mse = jnp.asarray(mse / np.float32(high - low) ** 2)
+    return SirenFits(params, mse, -10 * jnp.log10(mse), jnp.asarray(taken))
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "learning_rate", "omega", "output_offset"))
+_CPU_CHUNK_BYTES = 2**23
+_ACCELERATOR_CHUNK_BYTES = 2**32
+
+
+def _in_threads(function: Callable[[int], tuple], arguments: Sequence[int], workers: int) -> Iterator[tuple]:
+    """Results in order. XLA leaves cores idle between the small operations of a chunk; another chunk can use them."""
+    executor = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        yield from executor.map(function, arguments)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Adam(NamedTuple):
+    """Where the networks of a chunk are; `step` is how many steps those have taken that go on."""
+
+    params: Float[Array, "B weights"]
+    mean: Float[Array, "B weights"]
+    square: Float[Array, "B weights"]
+    going: Array
+    taken: Array
+    step: Array
+
+
+@functools.partial(jax.jit, static_argnames=("shapes", "steps", "learning_rate", "omega", "output_offset"))
 def _fit_chunk(
     coordinates: Float[Array, "pixels 2"],
-    params: SirenParams,
-    targets: Float[Array, "B pixels channels"],
+    params: Float[Array | np.ndarray, "B weights"],
+    targets: Float[Array | np.ndarray, "B pixels channels"],
     *,
+    stop_mse: Float[Array | np.generic, ""],
+    shapes: tuple[tuple[int, ...], ...],
     steps: int,
     learning_rate: float,
     omega: float,
     output_offset: float,
-) -> tuple[SirenParams, Float[Array, " B"]]:
+) -> tuple[Float[Array, "B weights"], Float[Array, " B"], Int[Array, " B"]]:
     # One copy of the coordinates per network: XLA's CPU code for a product of one shared matrix with many is slower.
     coordinates = jnp.broadcast_to(coordinates, (len(targets), *coordinates.shape))
     apply = jax.vmap(functools.partial(apply_siren, omega=omega, output_offset=output_offset))
-    optimizer = optax.adam(learning_rate)
 
-    def squared_errors(params: SirenParams) -> Float[Array, " B"]:
-        return jnp.mean((apply(params, coordinates) - targets) ** 2, axis=(1, 2))
+    def squared_errors(params: Array) -> Float[Array, " B"]:
+        leaves = _unflatten(params, shapes)
+        layers = {
+            f"layer_{i}": {"kernel": kernel, "bias": bias}
+            for i, (kernel, bias) in enumerate(zip(leaves[::2], leaves[1::2], strict=True))
+        }
+        return jnp.mean((apply(layers, coordinates) - targets) ** 2, axis=(1, 2))
 
-    def step(state: tuple, _: None) -> tuple[tuple, None]:
-        params, adam = state
+    def total(params: Array) -> tuple[Array, Array]:
+        errors = squared_errors(params)
+        return errors.sum(), errors
+
+    def step(state: _Adam) -> _Adam:
         # The gradient of the sum is every network's own gradient, and Adam acts on each parameter alone.
-        gradient = jax.grad(lambda params: squared_errors(params).sum())(params)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            updates, adam = optimizer.update(gradient, adam)
-        return (optax.apply_updates(params, updates), adam), None
+        gradient, errors = jax.grad(total, has_aux=True)(state.params)
+        going = state.going & ~(errors <= stop_mse)  # what is not a number goes on
+        count = (state.step + 1).astype(np.float32)
+        mean = _BETA_1 * state.mean + (1 - _BETA_1) * gradient
+        square = _BETA_2 * state.square + (1 - _BETA_2) * gradient**2
+        unbiased_mean = mean / -jnp.expm1(count * math.log(_BETA_1))
+        unbiased_square = square / -jnp.expm1(count * math.log(_BETA_2))
+        move = learning_rate * unbiased_mean / (jnp.sqrt(unbiased_square) + _EPSILON)
+        params = jnp.where(going[:, None], state.params - move, state.params)
+        return _Adam(params, mean, square, going, state.taken + going.astype(np.int32), state.step + 1)
 
-    (params, _), _ = lax.scan(step, (params, optimizer.init(params)), length=steps)
-    return params, squared_errors(params)
+    def is_going(state: _Adam) -> Array:
+        return (state.step < steps) & state.going.any()
+
+    zeros, going = jnp.zeros_like(params), jnp.ones(len(targets), bool)
+    start = _Adam(jnp.asarray(params), zeros, zeros, going, jnp.zeros(len(targets), np.int32), jnp.int32(0))
+    end = lax.while_loop(is_going, step, start)
+    return end.params, squared_errors(end.params), end.taken
 
 
-def _stack(initial: SirenParams, count: int, channels: int) -> SirenParams:
+# Adam's own defaults (Kingma and Ba, 2015).
+_BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
+
+
+def _unflatten(flat: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
+    """The arrays of these shapes that lie side by side in each row."""
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+    return [
+        flat[:, start:end].reshape(len(flat), *shape)
+        for (start, end), shape in zip(itertools.pairwise([0, *ends]), shapes, strict=True)
+    ]
+
+
+def _stack(initial: SirenParams, count: int, channels: int) -> dict[str, dict[str, np.ndarray]]:
     """`initial` with a leading axis of size `count` on every leaf, checked against the images."""
+    initial = {name: {kind: np.asarray(leaf) for kind, leaf in layer.items()} for name, layer in initial.items()}
     first, last = initial["layer_0"]["kernel"], initial[f"layer_{len(initial) - 1}"]["kernel"]
     if first.shape[-2] != 2 or last.shape[-1] != channels:
         raise ValueError(
@@ -227,7 +336,7 @@ def _stack(initial: SirenParams, count: int, channels: int) -> SirenParams:
             f"received {first.shape[-2]} inputs and {last.shape[-1]} outputs"
         )
     if first.ndim == 2:
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), initial)
+        return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), initial)
     if len(first) != count:
         raise ValueError(f"initial: expected {count} networks, one per image, or a single one; received {len(first)}")
     return initial

@@ -57,6 +57,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     except OSError as error:
         # The file is complete; only its name could be lost with the machine. Some file systems do not sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            error.filename = os.fspath(path)
             raise
 
 

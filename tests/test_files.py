@@ -1,8 +1,10 @@
 import contextlib
 import errno
 import mmap
+import os
 import pathlib
 import resource
+import stat
 
 import numpy as np
 import pytest
@@ -75,6 +77,44 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
     write()
     assert path.stat().st_size == 20_000
+
+
+def test_all_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a machine that loses power keeps the name and not the content."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        events.append(("synced", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        events.append(("renamed", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    with write_atomically(tmp_path / "results") as unfinished:
+        unfinished.write_text("new")
+        assert events == []
+    file, folder = (tmp_path / "results").stat().st_ino, tmp_path.stat().st_ino
+    assert events == [("synced", file), ("renamed", file), ("synced", folder)]
+
+
+@pytest.mark.parametrize(("code", "raises"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_folders_that_cannot_be_synced_are_no_failure(code, raises, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def failing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    failure = pytest.raises(OSError, match="results") if raises else contextlib.nullcontext()
+    with failure, write_atomically(tmp_path / "results") as unfinished:
+        unfinished.write_text("new")
+    assert (tmp_path / "results").read_text() == "new"
 
 
 def test_two_at_once_do_not_mix(tmp_path):

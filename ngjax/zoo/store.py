@@ -14,6 +14,7 @@ zoo as it was before the append or as it is after it.
 
 from __future__ import annotations
 
+import bisect
 import errno
 import fcntl
 import functools
@@ -119,7 +120,7 @@ class _Layout(NamedTuple):
     order: tuple[int, ...]
 
     def tree(self, leaves: Sequence[Any]) -> Any:
-        return jax.tree.unflatten(self.treedef, [leaves[i] for i in self.order])
+        return self.treedef.unflatten([leaves[i] for i in self.order])
 
 
 class _Shard(NamedTuple):
@@ -184,7 +185,7 @@ class Zoo:
             for path, place, info in zip(paths, self._places, index.shards, strict=True)
         ]
         rows = list(itertools.accumulate((info.rows for info in index.shards), initial=0))
-        self._first_rows, self._len = np.array(rows[:-1], np.int64), rows[-1]
+        self._first_rows, self._len = rows[:-1], rows[-1]  # a list: bisecting an array is ten times as slow
         self._known_windows: dict[tuple[str, int], np.ndarray] = {}
         self._shard_specs = np.array([info.spec for info in index.shards], np.int32)
         most_leaves = max((len(shard.starts) for shard in self._shards), default=0)
@@ -198,7 +199,7 @@ class Zoo:
     def __len__(self) -> int:
         return self._len
 
-    def __getitem__(self, index: int) -> Entry:
+    def __getitem__(self, index: Any) -> Entry:
         """Network number `index`, counted from the end where it is negative.
 
         Raises:
@@ -214,8 +215,8 @@ class Zoo:
         if not -self._len <= row < self._len:
             raise IndexError(f"network {row} of a zoo of {self._len} networks: {self.path}")
         row %= self._len
-        number = int(self._first_rows.searchsorted(row, side="right")) - 1
-        row -= int(self._first_rows[number])
+        number = bisect.bisect_right(self._first_rows, row) - 1
+        row -= self._first_rows[number]
         shard, spec = self._shards[number], self._index.shards[number].spec
         labels = {name: column[row] for name, column in shard.labels.items()}
         for name, names in self.categories.items():
@@ -232,9 +233,12 @@ class Zoo:
 
     @functools.cached_property
     def labels(self) -> dict[str, np.ndarray]:
-        """Label columns, `[N]` each; those in `categories` hold codes. Empty as long as the zoo is."""
-        columns = {name: [shard.labels[name] for shard in self._shards] for name in self._index.labels}
-        return {name: np.concatenate(parts) for name, parts in columns.items()}
+        """Label columns, `[N]` each, not writable; those in `categories` hold codes. Empty as long as the zoo is."""
+        columns = {}
+        for name in self._index.labels:
+            columns[name] = np.concatenate([shard.labels[name] for shard in self._shards])
+            columns[name].flags.writeable = False
+        return columns
 
     def rows(self, **labels: Any) -> Int[np.ndarray, " rows"]:
         """Numbers of the networks whose labels have all of the given values: `zoo.rows(split="train", label=3)`.
@@ -260,7 +264,7 @@ class Zoo:
             chosen &= self.labels[name] == value
         return np.flatnonzero(chosen)
 
-    def read(self, rows: npt.ArrayLike) -> Any:
+    def read(self, rows: Any) -> Any:
         """Parameters of many networks of one architecture, as a pytree of new arrays `[len(rows), ...]`.
 
         Args:
@@ -272,14 +276,15 @@ class Zoo:
           ValueError: networks of several architectures, or no rows where there are several.
         """
         numbers = self._numbers(rows)
-        shards = self._first_rows.searchsorted(numbers, side="right") - 1
+        first_rows = np.array(self._first_rows, np.int64)
+        shards = first_rows.searchsorted(numbers, side="right") - 1
         layout = self._layouts[self._one_spec(shards)]
-        places = numbers - self._first_rows[shards]
+        places = numbers - first_rows[shards]
         starts = self._leaf_starts[shards].T
         leaves = []
         for column, start in zip(layout.columns.values(), starts, strict=False):
             size = math.prod(column.shape)
-            leaves.append(self._windows(column.dtype, size)[start + places * size].reshape(-1, *column.shape))
+            leaves.append(self._windows(column.dtype, size)[start + places * size].reshape(len(numbers), *column.shape))
         return layout.tree(leaves)
 
     def _windows(self, dtype: str, size: int) -> Shaped[np.ndarray, "starts size"]:
@@ -294,7 +299,7 @@ class Zoo:
             )
         return self._known_windows[dtype, size]
 
-    def _numbers(self, rows: npt.ArrayLike) -> Int[np.ndarray, " rows"]:
+    def _numbers(self, rows: Any) -> Int[np.ndarray, " rows"]:
         numbers = np.asarray(rows)
         if numbers.dtype == bool:
             if numbers.shape != (len(self),):
@@ -334,8 +339,8 @@ class Zoo:
                 raise ValueError(
                     f"{path} is not the file that was written: expected SHA-256 {info.sha256}, found {received}"
                 )
-            first = int(self._first_rows[number])
-            _check_values(self.specs[info.spec], shard.leaves, shard.labels, self.categories, str(path), first)
+            spec, first = self.specs[info.spec], self._first_rows[number]
+            _check_values(spec, shard.leaves, shard.labels, self.categories, str(path), first)
 
     def __repr__(self) -> str:
         size = sum(info.bytes for info in self._index.shards)
@@ -590,7 +595,7 @@ def _json_object(value: Any, what: str) -> dict[str, Any]:
     return result
 
 
-def _checked_categories(categories: Mapping[str, Sequence[str]], where: str) -> dict[str, tuple[str, ...]]:
+def _checked_categories(categories: Mapping[str, Any], where: str) -> dict[str, tuple[str, ...]]:
     for label, names in categories.items():
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{where}: {label!r}: expected a list of names, received {names!r}")

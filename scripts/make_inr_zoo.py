@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -286,13 +287,17 @@ def fit_all(
     with tqdm.tqdm(total=total, initial=done, unit=" networks", disable=not terminal) as bar:
         for rows in shards[np.searchsorted(ends, done, side="right") :]:
             pixels, labels = gather(images, plan, rows)
+
+            def show(count: int, _: int, done: int = done) -> None:
+                bar.update(done + count - bar.n)
+
             fits = zoo.fit_images(
                 recipe,
                 network_keys(key, plan.split[rows], plan.image[rows], plan.view[rows]),
                 sizes[plan.architecture[rows[0]]],
                 pixels,
                 chunk_bytes=config.chunk_bytes,
-                progress=lambda count, _, done=done: bar.update(done + count - bar.n),
+                progress=show,
             )
             fits = jax.device_get(fits)
             columns = {
@@ -386,7 +391,7 @@ def architectures_of(made: zoo.Zoo, sizes: list[tuple[int, ...]]) -> np.ndarray:
 def draw_psnr(made: zoo.Zoo, floor: float) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 4))
     psnr = made.labels["psnr"]
-    bins = np.linspace(psnr.min(), psnr.max() + 1e-3, 60)
+    bins = np.linspace(psnr.min(), psnr.max() + 1e-3, 60).tolist()
     for split in SPLITS:
         rows = made.rows(split=split)
         if len(rows):
@@ -403,13 +408,19 @@ def draw_networks(made: zoo.Zoo, recipe: zoo.SirenRecipe, images: dict[str, zoo.
     first = np.arange(min(12, len(made)))
     columns = [*first, *by_psnr[: min(4, len(made))]]
     low, high = recipe.pixel_range
+    shape = images["train"].images.shape[1:3]
+    # Compiled for each architecture; one operation after the other would take longer.
+    render = jax.jit(
+        functools.partial(
+            zoo.render, height=shape[0], width=shape[1], omega=recipe.omega, output_offset=recipe.output_offset
+        )
+    )
     figure, axes = plt.subplots(2, len(columns), figsize=(len(columns), 2.6), squeeze=False)
     for j, row in enumerate(columns):
         entry = made[int(row)]
         image = images[entry.labels["split"]].images[entry.labels["image"]]
-        height, width, _ = image.shape
-        drawn = zoo.render(entry.params, height, width, omega=recipe.omega, output_offset=recipe.output_offset)
-        for axis, picture in zip(axes[:, j], (image, (np.asarray(drawn) - low) / (high - low)), strict=True):
+        drawn = (np.asarray(render(entry.params)) - low) / (high - low)
+        for axis, picture in zip(axes[:, j], (image, drawn), strict=True):
             axis.imshow(picture.clip(0, 1).squeeze(), cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         axes[1, j].set_xlabel(f"{entry.labels['psnr']:.1f} dB", fontsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,11 @@ from ngjax.trig import sincos
 SIREN_FREQUENCY = 30.0  # omega_0 of Sitzmann et al. (2020), and of every public INR zoo
 
 
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The exact GELU `x Phi(x)` by way of `erf`, which XLA computes several times faster on CPU than JAX's `erfc`."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 def _siren(x: Array) -> Array:
     return sincos(SIREN_FREQUENCY * x)[0]
 
@@ -21,7 +27,7 @@ def _siren(x: Array) -> Array:
 _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "none": lambda x: x,
     "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,

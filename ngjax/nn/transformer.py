@@ -7,7 +7,8 @@ updates read the edge in both directions.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,43 +17,118 @@ import jraph
 from jaxtyping import Array, Bool, Float
 
 from ngjax.graph import GroupedGraph
+from ngjax.nn.activations import gelu
 from ngjax.nn.encoder import EncoderConfig, GraphEncoder
-from ngjax.nn.linear import Dense, at_least_float32
+from ngjax.nn.linear import Dense, at_least_float32, linear
 from ngjax.nn.topology import read_graph
 from ngjax.spec import NeuralGraphSpec
 
 _MASKED = -1e30  # finite: a row of masked keys alone, which only padding has, stays finite as well
 
 
+class AttentionMaps(NamedTuple):
+    """What a pair's features are mapped with. Columns are those of all heads, one head after the other.
+
+    Attributes:
+      query, key, add: part of queries, of keys, and what is added to values.
+      multiply: what values are multiplied by, if they are.
+    """
+
+    query: Float[Array, "c D"]
+    key: Float[Array, "c D"]
+    add: Float[Array, "c D"]
+    multiply: Float[Array, "c D"] | None
+
+
 def relational_attention(
-    qkv_node: Float[Array, "... N H q"],
-    qkv_edge: Float[Array, "... N N H e"],
+    queries: Float[Array, "... R D"],
+    keys: Float[Array, "... N D"],
+    values: Float[Array, "... N D"],
+    pairs: Float[Array, "... R N c"],
+    maps: AttentionMaps,
+    num_heads: int,
     key_mask: Bool[Array, "... N"] | None,
-) -> Float[Array, "... N D"]:
-    """Attention of all nodes to all nodes in which every pair has its own query, key and value.
+) -> Float[Array, "... R D"]:
+    """Attention of nodes to all nodes in which every pair has its own query, key and value.
 
     `q_ij = q_i + q^e_ij`, `k_ij = k_j + k^e_ij`, `v_ij = v_j * v^mul_ij + v^add_ij` (without modulation
-    `v_j + v^add_ij`), scaled by the root of the total width of all heads.
+    `v_j + v^add_ij`), scaled by the root of the total width of all heads. What is added to values is linear in the
+    pair, so pairs are averaged first and mapped then: one vector per node and head instead of one per pair.
 
     Args:
-      qkv_node: queries, keys and values of nodes, one after the other within each head.
-      qkv_edge: `q^e, k^e, v^add` and, with modulation, `v^mul` of pairs, within each head.
+      queries: of some or all nodes, the heads one after the other.
+      keys: of all nodes.
+      values: of all nodes.
+      pairs: features of the pairs of the former with the latter.
+      maps: see `AttentionMaps`.
+      num_heads: into which D is divided.
       key_mask: False for nodes that must not be seen.
     """
-    heads, head_width = qkv_node.shape[-2], qkv_node.shape[-1] // 3
-    q, k, v = jnp.split(qkv_node, 3, axis=-1)
-    q_edge, k_edge, v_add, *v_mul = jnp.split(qkv_edge, qkv_edge.shape[-1] // head_width, axis=-1)
-    queries = q[..., :, None, :, :] + q_edge
-    keys = k[..., None, :, :, :] + k_edge
-    wide = at_least_float32(queries.dtype)
-    logits = jnp.sum((queries * keys).astype(wide), axis=-1) / math.sqrt(heads * head_width)
+    width = queries.shape[-1]
+    by_head = (num_heads, width // num_heads)
+    products = (queries[..., :, None, :] + linear(pairs, maps.query)) * (
+        keys[..., None, :, :] + linear(pairs, maps.key)
+    )
+    wide = at_least_float32(products.dtype)
+    logits = jnp.sum(products.reshape(*products.shape[:-1], *by_head).astype(wide), axis=-1) / math.sqrt(width)
     if key_mask is not None:
         logits = jnp.where(key_mask[..., None, :, None], logits, _MASKED)
-    weights = jax.nn.softmax(logits, axis=-2).astype(v.dtype)
-    values = v[..., None, :, :, :]
-    values = values * v_mul[0] + v_add if v_mul else values + v_add
-    mixed = jnp.einsum("...ijh,...ijhd->...ihd", weights, values)
-    return mixed.reshape(*mixed.shape[:-2], heads * head_width)
+    weights = jax.nn.softmax(logits, axis=-2).astype(values.dtype)
+
+    mean_pairs = jnp.einsum("nhj,njc->nhc", _flat(jnp.swapaxes(weights, -1, -2), 2), _flat(pairs, 2))
+    added = jnp.einsum("nhc,chd->nhd", mean_pairs, maps.add.reshape(-1, *by_head))
+    if maps.multiply is None:
+        mixed = jnp.einsum("...ijh,...jhd->...ihd", weights, values.reshape(*values.shape[:-1], *by_head))
+    else:
+        # The weight of a head for each of its columns, as a product with zeros and ones: the derivative of a broadcast
+        # is a sum over so few columns that XLA's CPU code is several times slower with it.
+        columns = jnp.repeat(jnp.eye(num_heads, dtype=values.dtype), by_head[1], axis=1)
+        mixed = linear(weights, columns, precision="highest") * (values[..., None, :, :] * linear(pairs, maps.multiply))
+        mixed = jnp.sum(mixed, axis=-2)
+    return mixed.reshape(queries.shape) + added.reshape(queries.shape)
+
+
+def in_row_blocks(
+    function: Callable[..., Array], rows: int | None, arrays: Sequence[Array], axes: Sequence[int]
+) -> Float[Array, "... N d"]:
+    """`function(*arrays)`, so many rows at a time, and each block again for its gradient: so memory is bounded.
+
+    Args:
+      function: from some rows of the arrays to the same rows `[..., R, d]` of its result.
+      rows: at a time; `None` computes all at once and keeps what the gradient needs.
+      arrays: that have rows.
+      axes: where each of them has its rows, counted from the end.
+    """
+    count = arrays[0].shape[axes[0]]
+    if rows is None or rows >= count:
+        return function(*arrays)
+    blocks = math.ceil(count / rows)
+
+    def cut(array: Array, axis: int) -> Array:
+        axis += array.ndim
+        widths = [(0, blocks * rows - count if i == axis else 0) for i in range(array.ndim)]
+        shape = (*array.shape[:axis], blocks, rows, *array.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(array, widths).reshape(shape), axis, 0)
+
+    block = jax.checkpoint(lambda parts: function(*parts))
+    result = jnp.moveaxis(jax.lax.map(block, tuple(map(cut, arrays, axes))), 0, -3)  # [..., blocks, rows, d]
+    return result.reshape(*result.shape[:-3], blocks * rows, result.shape[-1])[..., :count, :]
+
+
+def _flat(x: Array, axes: int) -> Array:
+    """`x` with all but its last axes as one."""
+    return x.reshape(-1, *x.shape[x.ndim - axes :])
+
+
+class Kernel(nn.Module):
+    """The matrix of a linear map without bias, named as in `Dense`, for those who compute with it otherwise."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, inputs: int) -> Float[Array, "inputs features"]:
+        """The matrix for inputs of so many features."""
+        return self.param("kernel", nn.initializers.xavier_uniform(), (inputs, self.features), jnp.float32)
 
 
 class TransformerLayer(nn.Module):
@@ -67,6 +143,7 @@ class TransformerLayer(nn.Module):
     modulate_values: bool
     update_edges: bool
     dropout: float
+    attention_rows: int | None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -89,18 +166,25 @@ class TransformerLayer(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not train)
         width, heads = self.attention_features, self.num_heads
 
-        qkv_node = dense(3 * width, "qkv_node", use_bias=False)(nodes)
+        # Columns of both products stand head by head, and within a head part by part.
+        qkv = dense(3 * width, "qkv_node", use_bias=False)(nodes).reshape(*nodes.shape[:-1], heads, 3, -1)
+        queries, keys, values = (qkv[..., part, :].reshape(*nodes.shape[:-1], width) for part in range(3))
         parts = 4 if self.modulate_values else 3
-        qkv_edge = dense(parts * width, "qkv_edge", use_bias=False)(pairs)
-        attention = relational_attention(
-            qkv_node.reshape(*qkv_node.shape[:-1], heads, -1),
-            qkv_edge.reshape(*qkv_edge.shape[:-1], heads, -1),
-            key_mask,
+        kernel = Kernel(parts * width, name="qkv_edge")(pairs.shape[-1]).astype(self.dtype)
+        kernel = kernel.reshape(pairs.shape[-1], heads, parts, -1)
+        columns = [kernel[:, :, part].reshape(pairs.shape[-1], width) for part in range(parts)]
+        maps = AttentionMaps(*columns, *([] if self.modulate_values else [None]))
+        pairs = pairs.astype(self.dtype)
+        attention = in_row_blocks(
+            lambda queries, pairs: relational_attention(queries, keys, values, pairs, maps, heads, key_mask),
+            self.attention_rows,
+            (queries, pairs),
+            axes=(-2, -3),
         )
         attention = dense(self.node_features, "attention_out")(attention)
         nodes = norm("node_norm_0")(nodes + drop(dense(self.node_features, "node_lin")(attention)))
         hidden = dense(self.node_hidden, "node_mlp_0", use_bias=False)(nodes)
-        hidden = dense(self.node_features, "node_mlp_1")(nn.gelu(hidden, approximate=False))
+        hidden = dense(self.node_features, "node_mlp_1")(gelu(hidden))
         nodes = norm("node_norm_1")(nodes + drop(hidden))
         if not self.update_edges:
             return nodes, pairs
@@ -109,10 +193,10 @@ class TransformerLayer(nn.Module):
         hidden = dense(self.edge_hidden, "edge_in")(jnp.concatenate([pairs, reverse], axis=-1))
         hidden = hidden + dense(self.edge_hidden, "edge_source", use_bias=False)(nodes)[..., :, None, :]
         hidden = hidden + dense(self.edge_hidden, "edge_target", use_bias=False)(nodes)[..., None, :, :]
-        hidden = dense(self.edge_features, "edge_out")(nn.gelu(hidden, approximate=False))
+        hidden = dense(self.edge_features, "edge_out")(gelu(hidden))
         pairs = norm("edge_norm_0")(pairs + drop(hidden))
         hidden = dense(self.edge_hidden, "edge_mlp_0", use_bias=False)(pairs)
-        hidden = dense(self.edge_features, "edge_mlp_1")(nn.gelu(hidden, approximate=False))
+        hidden = dense(self.edge_features, "edge_mlp_1")(gelu(hidden))
         return nodes, norm("edge_norm_1")(pairs + drop(hidden))
 
 
@@ -135,6 +219,8 @@ class NGT(nn.Module):
         it, what reads nodes alone does not.
       class_token: add a node of its own, joined to no one, that a readout can take instead of pooling.
       dropout: rate on the branches.
+      attention_rows: nodes whose attention is computed at a time, and again for the gradient; a few of them keep it in
+        the cache of a CPU. `None` for all at once.
       memory_limit: most gigabytes that the activations of one graph and layer may take.
       dtype: of the computation; parameters are float32.
     """
@@ -151,6 +237,7 @@ class NGT(nn.Module):
     last_edge_update: bool = True
     class_token: bool = False
     dropout: float = 0.0
+    attention_rows: int | None = None
     memory_limit: float = 8.0
     dtype: Any = jnp.float32
 
@@ -206,6 +293,7 @@ class NGT(nn.Module):
                 self.modulate_values,
                 update_edges=self.last_edge_update or i < self.num_layers - 1,
                 dropout=self.dropout,
+                attention_rows=self.attention_rows,
                 dtype=self.dtype,
                 name=f"layer_{i}",
             )

@@ -14,6 +14,7 @@ from ngjax.train.mesh import (
     local_rows,
     replicate,
     shard_batch,
+    use_cpu_cores,
 )
 from ngjax.train.metrics import MetricsFile, read_metrics
 from ngjax.train.progress import Progress
@@ -23,6 +24,7 @@ from ngjax.train.step import (
     init_state,
     learning_rate_schedule,
     make_optimizer,
+    micro_batch_gradients,
     train_step,
 )
 
@@ -43,9 +45,11 @@ __all__ = [
     "learning_rate_schedule",
     "local_rows",
     "make_optimizer",
+    "micro_batch_gradients",
     "prepare_folder",
     "read_metrics",
     "replicate",
     "shard_batch",
     "train_step",
+    "use_cpu_cores",
 ]

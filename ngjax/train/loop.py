@@ -52,6 +52,7 @@ def fit(
     num_steps: int,
     key: PRNGKeyArray,
     mesh: Mesh | None = None,
+    micro_batch: int | None = None,
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
     eval_every: int | None = None,
     log_every: int = 100,
@@ -78,6 +79,8 @@ def fit(
       num_steps: steps of the whole run, those before a resumption included.
       key: key of the run; each step's is folded from it.
       mesh: made by `data_mesh`; all devices of all processes by default.
+      micro_batch: rows whose gradient a device computes at a time, see `micro_batch_gradients`; `None` takes all of its
+        share at once.
       evaluate: `evaluate(params)` gives named numbers, logged as `eval/<name>`. Called on every
         process, every `eval_every` steps and once at the end. The params are donated to the next
         step: keep no reference to them.
@@ -115,6 +118,7 @@ def fit(
     """
     for name, count in {
         "num_steps": num_steps,
+        "micro_batch": micro_batch,
         "eval_every": eval_every,
         "log_every": log_every,
         "save_every": save_every,
@@ -155,7 +159,7 @@ def fit(
         # The state comes back as it went in. Left to itself, XLA may shard parameters that meet the
         # rows of the batch, and the next step would compile again.
         step_fn = jax.jit(
-            functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer),
+            functools.partial(train_step, loss_fn=loss_fn, optimizer=optimizer, mesh=mesh, micro_batch=micro_batch),
             donate_argnums=0,
             out_shardings=NamedSharding(mesh, jax.P()),
         )

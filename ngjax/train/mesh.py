@@ -4,6 +4,7 @@ Everything computes on every process; only process 0 writes metrics and progress
 are saved by all.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,20 @@ def join_processes(enabled: bool) -> None:
     """
     if enabled and not jax.distributed.is_initialized():
         jax.distributed.initialize()
+
+
+def use_cpu_cores(count: int | None = None) -> None:
+    """Makes every core of the CPU a device of its own, among which `fit` then shares out each batch.
+
+    One device computes with all cores as well, but hands them pieces of single operations, of which those on small
+    networks are too small. Accelerators are not concerned. Call it before anything else uses JAX.
+
+    Args:
+      count: of devices; the cores this process may run on by default.
+    """
+    if count is None:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

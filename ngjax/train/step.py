@@ -6,7 +6,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from ngjax.train.mesh import DATA_AXIS
 
 LossFn: TypeAlias = Callable[[Any, Any, PRNGKeyArray], tuple[Float[Array, ""], Mapping[str, Array]]]
 """`loss_fn(params, batch, key) -> (loss, metrics)`: what a step minimizes and what it reports.
@@ -37,6 +41,52 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 
+def micro_batch_gradients(loss_fn: LossFn, mesh: Mesh, rows: int) -> Callable:
+    """Value and gradient of a loss, a few rows of the batch at a time.
+
+    Every device takes its share of the batch in pieces of so many rows, one after the other, and sums their gradients
+    up. Activations are those of one piece: on an accelerator that bounds memory, on CPU they stay in cache.
+
+    Args:
+      loss_fn: see `LossFn`; a mean over rows. The metrics are averaged as well. Each piece receives a key of its own,
+        which depends on its place in the batch and not on the device.
+      mesh: over whose devices the rows of the batch are shared out.
+      rows: of a piece; the share of every device is a multiple of it.
+
+    Returns:
+      A function `(params, batch, key) -> ((loss, metrics), gradients)`.
+
+    Raises:
+      ValueError: when called with a batch whose shares are not multiples of `rows`.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def of_share(params: PyTree, share: PyTree, key: PRNGKeyArray) -> Any:
+        size = jax.tree.leaves(share)[0].shape[0]
+        if size % rows:
+            raise ValueError(f"every device has {size} rows of the batch, expected a multiple of micro_batch={rows}")
+        count = size // rows
+        pieces = jax.tree.map(lambda leaf: leaf.reshape(count, rows, *leaf.shape[1:]), share)
+        first = lax.axis_index(DATA_AXIS) * count
+
+        def of_piece(index: Array) -> Any:
+            piece = jax.tree.map(lambda leaf: leaf[index], pieces)
+            return value_and_grad(params, piece, jax.random.fold_in(key, first + index))
+
+        def add(total: PyTree, index: Array) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, of_piece(index)), None
+
+        like = jax.eval_shape(of_piece, jnp.int32(0))
+        total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        total, _ = lax.scan(add, total, jnp.arange(count))
+        return lax.pmean(jax.tree.map(lambda leaf: leaf / count, total), DATA_AXIS)
+
+    everywhere, by_rows = jax.P(), jax.P(DATA_AXIS)
+    return jax.shard_map(
+        of_share, mesh=mesh, in_specs=(everywhere, by_rows, everywhere), out_specs=everywhere, check_vma=False
+    )
+
+
 def train_step(
     state: TrainState,
     batch: PyTree,
@@ -44,6 +94,8 @@ def train_step(
     *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    micro_batch: int | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step: gradient of the loss, then the optimizer's update.
 
@@ -54,15 +106,23 @@ def train_step(
         resumed run draws what an uninterrupted one would have drawn.
       loss_fn: see `LossFn`.
       optimizer: its update also receives `value=loss`, for those that ask for it.
+      mesh: of the batch; needed for micro-batches alone.
+      micro_batch: rows whose gradient a device computes at a time, see `micro_batch_gradients`.
 
     Returns:
       The state after the step, and the scalars `loss` and `grad_norm` (before clipping) together
       with those of `loss_fn`. All of them belong to the parameters before the step.
 
     Raises:
-      ValueError: `loss_fn` returns a metric of a reserved name or one that is not a scalar.
+      ValueError: `loss_fn` returns a metric of a reserved name or one that is not a scalar;
+        micro-batches without a mesh.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batch is None:
+        value_and_grad: Callable = jax.value_and_grad(loss_fn, has_aux=True)
+    elif mesh is None:
+        raise ValueError(f"micro_batch={micro_batch} needs the mesh of the batch")
+    else:
+        value_and_grad = micro_batch_gradients(loss_fn, mesh, micro_batch)
     (loss, named), grads = value_and_grad(state.params, batch, jax.random.fold_in(key, state.step))
     own = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     for name, value in named.items():

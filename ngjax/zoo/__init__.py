@@ -3,6 +3,7 @@
 from ngjax.zoo.augment import AUGMENTATIONS, AugmentConfig, augment
 from ngjax.zoo.digits import load_digits, stratified_split
 from ngjax.zoo.images import IMAGE_SETS, Images, ImageSet, load_images
+from ngjax.zoo.published import PUBLISHED_ZOOS, Conversion, convert_published
 from ngjax.zoo.recipes import RECIPES, SirenRecipe, fit_images
 from ngjax.zoo.siren import (
     InitRule,
@@ -19,8 +20,10 @@ from ngjax.zoo.store import Entry, Zoo, ZooWriter, open
 __all__ = [
     "AUGMENTATIONS",
     "IMAGE_SETS",
+    "PUBLISHED_ZOOS",
     "RECIPES",
     "AugmentConfig",
+    "Conversion",
     "Entry",
     "ImageSet",
     "Images",
@@ -32,6 +35,7 @@ __all__ = [
     "ZooWriter",
     "apply_siren",
     "augment",
+    "convert_published",
     "fit_images",
     "fit_sirens",
     "image_coordinates",

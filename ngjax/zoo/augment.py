@@ -10,8 +10,10 @@ trained on INRs. All functions take the parameters of one network, `{"layer_0": 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -120,8 +122,8 @@ def augment(key: PRNGKeyArray, spec: NeuralGraphSpec, params: SirenParams, confi
 
 def translate(params: SirenParams, shift: Float[Array, " in"]) -> SirenParams:
     """`new(x) = old(x + shift)`, so that the image moves by `-shift`: the first bias becomes `b + shift @ W`."""
-    first = params["layer_0"]
-    return {**params, "layer_0": {**first, "bias": first["bias"] + _matmul(shift, first["kernel"])}}
+    kernel, bias = _first_layer(params)
+    return {**params, "layer_0": {"kernel": kernel, "bias": bias + _matmul(shift, kernel)}}
 
 
 def rotate(params: SirenParams, angle: Scalar) -> SirenParams:
@@ -137,21 +139,22 @@ def rotate(params: SirenParams, angle: Scalar) -> SirenParams:
     Raises:
       ValueError: another number of inputs.
     """
-    kernel = params["layer_0"]["kernel"]
+    kernel, bias = _first_layer(params)
     if kernel.shape[0] != 2:
         raise ValueError(f"rotate: expected a network of 2 inputs, received one of {kernel.shape[0]}")
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     rotation = jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])])
-    return _with_first_kernel(params, _matmul(rotation.astype(kernel.dtype), kernel))
+    return {**params, "layer_0": {"kernel": _matmul(rotation.astype(kernel.dtype), kernel), "bias": bias}}
 
 
 def scale(params: SirenParams, factor: Scalar) -> SirenParams:
     """`new(x) = old(factor * x)`: a factor above 1 makes the image smaller, about its centre."""
-    return _with_first_kernel(params, params["layer_0"]["kernel"] * factor)
+    kernel, bias = _first_layer(params)
+    return {**params, "layer_0": {"kernel": kernel * factor, "bias": bias}}
 
 
-def _with_first_kernel(params: SirenParams, kernel: Array) -> SirenParams:
-    return {**params, "layer_0": {**params["layer_0"], "kernel": kernel}}
+def _first_layer(params: SirenParams) -> tuple[Array, Array]:
+    return jnp.asarray(params["layer_0"]["kernel"]), jnp.asarray(params["layer_0"]["bias"])
 
 
 def _matmul(a: Array, b: Array) -> Array:
@@ -167,22 +170,22 @@ def add_noise(key: PRNGKeyArray, params: SirenParams, size: float) -> SirenParam
 
     Arrays of one entry, which have no deviation, stay as they are: the bias of a network with a single output.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    noisy = [
-        leaf + size * _deviation(leaf) * jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
-        for i, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(treedef, noisy)
+    noise = _per_entry(lambda shape: jax.random.normal(key, shape), params)
+    return jax.tree.map(lambda leaf, drawn: leaf + size * _deviation(leaf) * drawn.astype(leaf.dtype), params, noise)
 
 
 def drop_weights(key: PRNGKeyArray, params: SirenParams, rate: float) -> SirenParams:
     """Sets each weight and bias to zero with probability `rate`, and divides the others by `1 - rate`."""
+    kept = _per_entry(lambda shape: jax.random.bernoulli(key, 1 - rate, shape), params)
+    return jax.tree.map(lambda leaf, keep: jnp.where(keep, leaf / (1 - rate), 0), params, kept)
+
+
+def _per_entry(draw: Callable[[tuple[int, ...]], Array], params: SirenParams) -> Any:
+    """A random number for each entry of each array. One draw for all: generators take long to compile."""
     leaves, treedef = jax.tree.flatten(params)
-    kept = [
-        jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, leaf.shape), leaf / (1 - rate), 0)
-        for i, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(treedef, kept)
+    cuts = list(itertools.accumulate(leaf.size for leaf in leaves))
+    parts = jnp.split(draw((cuts[-1],)), cuts[:-1])
+    return jax.tree.unflatten(treedef, [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
 
 
 def _translate_linearly(key: PRNGKeyArray, params: SirenParams, shift: Float[Array, " in"]) -> SirenParams:
@@ -190,9 +193,9 @@ def _translate_linearly(key: PRNGKeyArray, params: SirenParams, shift: Float[Arr
     chosen = jax.random.randint(key, (), 0, max(depth - 1, 1))  # never the last layer of several
     moved = {}
     for i in range(depth):
-        layer = params[f"layer_{i}"]
-        shift = _matmul(shift, layer["kernel"])
-        moved[f"layer_{i}"] = {**layer, "bias": layer["bias"] + jnp.where(chosen == i, shift, 0)}
+        kernel, bias = (jnp.asarray(params[f"layer_{i}"][name]) for name in ("kernel", "bias"))
+        shift = _matmul(shift, kernel)
+        moved[f"layer_{i}"] = {"kernel": kernel, "bias": bias + jnp.where(chosen == i, shift, 0)}
     return moved
 
 

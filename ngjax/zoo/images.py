@@ -1,4 +1,4 @@
-"""Image data sets, from files on this machine or downloaded once: MNIST, Fashion-MNIST, CIFAR-10, scikit-learn's digits.
+"""Image data sets from files on this machine or downloaded: MNIST, Fashion-MNIST, CIFAR-10, scikit-learn's digits.
 
 MNIST and Fashion-MNIST are read from their IDX files, gzipped or not, CIFAR-10 from its binary version, the archive or
 what was unpacked from it.
@@ -17,13 +17,14 @@ import tarfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from ngjax.files import write_atomically
+from ngjax.zoo.archives import check_member_name
 
 _DATA_DIR_VARIABLE = "NGJAX_DATA_DIR"
 _SPLITS = ("train", "test")
@@ -53,6 +54,7 @@ class ImageSet(NamedTuple):
     Attributes:
       layout: how its files are laid out; `"package"` has none, its images come inside a Python package.
       image_shape: height, width and channels.
+      num_images: how many there are for training, and for testing.
       class_names: names of the classes, by label.
       address: of the folder with its files on the web.
       files: MD5 sum of each file, by name. That of an IDX file is of its content before compression, since copies are
@@ -61,6 +63,7 @@ class ImageSet(NamedTuple):
 
     layout: Literal["idx", "cifar", "package"]
     image_shape: tuple[int, int, int]
+    num_images: tuple[int, int]
     class_names: tuple[str, ...]
     address: str
     files: dict[str, str]
@@ -73,6 +76,7 @@ IMAGE_SETS: dict[str, ImageSet] = {
     "mnist": ImageSet(
         layout="idx",
         image_shape=(28, 28, 1),
+        num_images=(60_000, 10_000),
         class_names=_DIGITS,
         address="https://ossci-datasets.s3.amazonaws.com/mnist/",
         files={
@@ -85,6 +89,7 @@ IMAGE_SETS: dict[str, ImageSet] = {
     "fashion_mnist": ImageSet(
         layout="idx",
         image_shape=(28, 28, 1),
+        num_images=(60_000, 10_000),
         class_names=(
             "T-shirt/top",
             "Trouser",
@@ -108,11 +113,19 @@ IMAGE_SETS: dict[str, ImageSet] = {
     "cifar10": ImageSet(
         layout="cifar",
         image_shape=(32, 32, 3),
+        num_images=(50_000, 10_000),
         class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         address="https://www.cs.toronto.edu/~kriz/",
         files={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d13530"},
     ),
-    "digits": ImageSet(layout="package", image_shape=(8, 8, 1), class_names=_DIGITS, address="", files={}),
+    "digits": ImageSet(
+        layout="package",
+        image_shape=(8, 8, 1),
+        num_images=(1437, 360),
+        class_names=_DIGITS,
+        address="",
+        files={},
+    ),
 }
 """The data sets that `load_images` knows, by name."""
 
@@ -163,7 +176,8 @@ def _load_digits_split(split: str) -> Images:
     from ngjax.zoo.digits import load_digits  # which takes `Images` from here
 
     digits = load_digits()
-    rows = slice(None, 1437) if split == "train" else slice(1437, None)
+    num_train, _ = IMAGE_SETS["digits"].num_images
+    rows = slice(None, num_train) if split == "train" else slice(num_train, None)
     return digits._replace(images=digits.images[rows], labels=digits.labels[rows])
 
 
@@ -184,7 +198,7 @@ def _data_folders(name: str, data_dir: str | os.PathLike[str] | None) -> list[pa
     return [*folders, pathlib.Path(cache) / "ngjax" / "images" / name]
 
 
-def _find_all(folder: pathlib.Path, choices: list[tuple[str, ...]]) -> list[pathlib.Path] | None:
+def _find_all(folder: pathlib.Path, choices: Sequence[tuple[str, ...]]) -> list[pathlib.Path] | None:
     """One file for each of `choices`, its alternative names, or None if the folder holds none of them.
 
     Raises:
@@ -381,19 +395,15 @@ def _find_batches(files: list[str], folders: list[pathlib.Path]) -> Iterator[tup
 def _read_members(path: pathlib.Path, files: list[str]) -> Iterator[tuple[str, bytes]]:
     """The wanted members of the archive, one after the other, nothing unpacked to disk."""
     wanted = [f"{_CIFAR_FOLDER}/{file}" for file in files]
-    found = set()
+    found: set[str] = set()
     with _tar_errors(path), tarfile.open(path, "r|*") as archive:
         for member in archive:
-            parts = pathlib.PurePosixPath(member.name).parts
-            if member.name.startswith("/") or ".." in parts:
-                raise ValueError(f"{path}: member {member.name!r} points outside of the archive")
+            check_member_name(path, member.name, found)
             if member.name not in wanted:
                 continue
             content: IO[bytes] | None = archive.extractfile(member) if member.isfile() else None
             if content is None:
                 raise ValueError(f"{path}: expected member {member.name!r} to be a file")
-            if member.name in found:
-                raise ValueError(f"{path}: member {member.name!r} is there twice")
             found.add(member.name)
             yield f"{path}, member {member.name}", content.read()
     missing = [name for name in wanted if name not in found]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from ngjax.zoo.siren import InitRule, SirenFits, SirenParams, fit_sirens, init_siren
 
@@ -35,6 +35,13 @@ class SirenRecipe(NamedTuple):
     stop_psnr: float | None
 
 
+# "dwsnets": all numbers are those of Navon et al. 2023 (arXiv 2301.12780) and of their code. With its start hardly an
+# MNIST digit reaches 40 dB in 1,000 steps; the median is about 23.5 dB.
+#
+# "nfn": Zhou et al. 2023 (arXiv 2302.14040) state the original SIREN, without an offset, and their code has pixels in
+# [-1, 1]. It does not say how they fitted: learning rate and number of steps are a choice made here.
+#
+# "fast": the start of "dwsnets", with a learning rate that reaches the same fidelity in a quarter of the steps.
 RECIPES = {
     "dwsnets": SirenRecipe("dwsnets", 1000, 5e-4, 30.0, 0.5, (0.0, 1.0), 40.0),
     "nfn": SirenRecipe("sitzmann", 5000, 5e-5, 30.0, 0.0, (-1.0, 1.0), None),
@@ -44,7 +51,7 @@ RECIPES = {
 
 def fit_images(
     recipe: SirenRecipe,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " B"],
     sizes: Sequence[int],
     images: Float[Array | np.ndarray, "B height width channels"],
     *,
@@ -76,5 +83,5 @@ def fit_images(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _init_sirens(keys: PRNGKeyArray, sizes: tuple[int, ...], omega: float, rule: InitRule) -> SirenParams:
+def _init_sirens(keys: Key[Array, " B"], sizes: tuple[int, ...], omega: float, rule: InitRule) -> SirenParams:
     return jax.vmap(lambda key: init_siren(key, sizes, omega=omega, rule=rule))(keys)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ngjax.trig import sincos
 
@@ -92,8 +92,8 @@ def apply_siren(
     params: SirenParams,
     coordinates: Float[Array, "*points in"],
     *,
-    omega: float = 30.0,
-    output_offset: float = 0.0,
+    omega: float | Float[Array, ""] = 30.0,
+    output_offset: float | Float[Array, ""] = 0.0,
 ) -> Float[Array, "*points out"]:
     """The values of a SIREN: hidden layers `sin(omega (x W + b))`, the last one linear.
 
@@ -176,7 +176,8 @@ def fit_sirens(
       progress: called with the numbers of networks done and of all, after each chunk.
 
     Raises:
-      ValueError: no images, images that are not finite, or parameters that do not fit to them.
+      ValueError: no images, images that are not finite, parameters that do not fit to them, fewer than 0 steps, or a
+        pixel range that is empty.
     """
     images = np.asarray(images, np.float32)
     count, height, width, channels = images.shape
@@ -184,13 +185,15 @@ def fit_sirens(
         raise ValueError("images: expected at least one, received none")
     if not np.isfinite(images).all():
         raise ValueError(f"images: image {np.argwhere(~np.isfinite(images))[0, 0]} has values that are not finite")
+    if steps < 0:
+        raise ValueError(f"steps: expected 0 or more, received {steps}")
     low, high = pixel_range
     if not low < high:
         raise ValueError(f"pixel_range: expected two increasing numbers, received {pixel_range}")
-    initial = _stack(initial, count, channels)
-    names = [(f"layer_{layer}", kind) for layer in range(len(initial)) for kind in ("kernel", "bias")]
-    shapes = tuple(initial[layer][kind].shape[1:] for layer, kind in names)
-    start = np.concatenate([initial[layer][kind].reshape(count, -1) for layer, kind in names], axis=1)
+    stacked = _stack(initial, count, channels)
+    names = [(f"layer_{layer}", kind) for layer in range(len(stacked)) for kind in ("kernel", "bias")]
+    shapes = tuple(stacked[layer][kind].shape[1:] for layer, kind in names)
+    start = np.concatenate([stacked[layer][kind].reshape(count, -1) for layer, kind in names], axis=1)
 
     coordinates = jnp.asarray(image_coordinates(height, width))
     (device,) = coordinates.devices()
@@ -205,6 +208,8 @@ def fit_sirens(
     # Of equal size, so that one program serves all; what the last one lacks is filled with repetitions.
     chunk = math.ceil(count / math.ceil(count / chunk))
 
+    stop_mse = -1.0 if stop_psnr is None else (high - low) ** 2 * 10 ** (-stop_psnr / 10)
+
     def fit_chunk(first: int) -> tuple[np.ndarray, ...]:
         rows = np.arange(first, first + chunk).clip(max=count - 1)
         targets = low + (high - low) * images[rows].reshape(chunk, height * width, channels)
@@ -212,12 +217,14 @@ def fit_sirens(
             coordinates,
             start[rows],
             targets,
-            stop_mse=np.float32(-1.0 if stop_psnr is None else (high - low) ** 2 * 10 ** (-stop_psnr / 10)),
-            shapes=shapes,
-            steps=steps,
-            learning_rate=learning_rate,
-            omega=omega,
-            output_offset=output_offset,
+            _Numbers(
+                steps=np.asarray(steps, np.int32),
+                learning_rate=np.asarray(learning_rate, np.float32),
+                omega=np.asarray(omega, np.float32),
+                output_offset=np.asarray(output_offset, np.float32),
+                stop_mse=np.asarray(stop_mse, np.float32),
+            ),
+            shapes,
         )
         return jax.device_get(fitted)
 
@@ -230,11 +237,11 @@ def fit_sirens(
     params: dict[str, dict[str, Array]] = {layer: {} for layer, _ in names}
     for (layer, kind), leaf in zip(names, _unflatten(jnp.asarray(flat), shapes), strict=True):
         params[layer][kind] = leaf
-    mse = jnp.asarray(mse / np.float32(high - low) ** 2)
-    return SirenFits(params, mse, -10 * jnp.log10(mse), jnp.asarray(taken))
+    pixel_mse = jnp.asarray(mse / np.float32(high - low) ** 2)
+    return SirenFits(params, pixel_mse, -10 * jnp.log10(pixel_mse), jnp.asarray(taken))
 
 
-_CPU_CHUNK_BYTES = 2**23
+_CPU_CHUNK_BYTES = 2**22  # about the second-level cache of a core
 _ACCELERATOR_CHUNK_BYTES = 2**32
 
 
@@ -251,33 +258,48 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Adam(NamedTuple):
-    """Where the networks of a chunk are; `step` is how many steps those have taken that go on."""
+class _Numbers(NamedTuple):
+    """Numbers of `fit_sirens` as arrays without axes: one program serves all."""
+
+    steps: Int[Array | np.ndarray, ""]
+    learning_rate: Float[Array | np.ndarray, ""]
+    omega: Float[Array | np.ndarray, ""]
+    output_offset: Float[Array | np.ndarray, ""]
+    stop_mse: Float[Array | np.ndarray, ""]
+
+
+class _State(NamedTuple):
+    """Where the networks of a chunk are.
+
+    Attributes:
+      params: all weights of a network side by side, so that a step of Adam is one operation.
+      mean: of the gradients, as Adam keeps it.
+      square: of the gradients, likewise.
+      going: networks that have not stopped.
+      taken: steps that each network took.
+      step: steps that those took which go on.
+    """
 
     params: Float[Array, "B weights"]
     mean: Float[Array, "B weights"]
     square: Float[Array, "B weights"]
-    going: Array
-    taken: Array
-    step: Array
+    going: Bool[Array, " B"]
+    taken: Int[Array, " B"]
+    step: Int[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("shapes", "steps", "learning_rate", "omega", "output_offset"))
+@functools.partial(jax.jit, static_argnums=4)
 def _fit_chunk(
     coordinates: Float[Array, "pixels 2"],
     params: Float[Array | np.ndarray, "B weights"],
     targets: Float[Array | np.ndarray, "B pixels channels"],
-    *,
-    stop_mse: Float[Array | np.generic, ""],
+    numbers: _Numbers,
     shapes: tuple[tuple[int, ...], ...],
-    steps: int,
-    learning_rate: float,
-    omega: float,
-    output_offset: float,
 ) -> tuple[Float[Array, "B weights"], Float[Array, " B"], Int[Array, " B"]]:
     # One copy of the coordinates per network: XLA's CPU code for a product of one shared matrix with many is slower.
     coordinates = jnp.broadcast_to(coordinates, (len(targets), *coordinates.shape))
-    apply = jax.vmap(functools.partial(apply_siren, omega=omega, output_offset=output_offset))
+    omega, offset = jnp.asarray(numbers.omega), jnp.asarray(numbers.output_offset)
+    apply = jax.vmap(functools.partial(apply_siren, omega=omega, output_offset=offset))
 
     def squared_errors(params: Array) -> Float[Array, " B"]:
         leaves = _unflatten(params, shapes)
@@ -291,24 +313,24 @@ def _fit_chunk(
         errors = squared_errors(params)
         return errors.sum(), errors
 
-    def step(state: _Adam) -> _Adam:
+    def step(state: _State) -> _State:
         # The gradient of the sum is every network's own gradient, and Adam acts on each parameter alone.
         gradient, errors = jax.grad(total, has_aux=True)(state.params)
-        going = state.going & ~(errors <= stop_mse)  # what is not a number goes on
+        going = state.going & ~(errors <= numbers.stop_mse)  # what is not a number goes on
         count = (state.step + 1).astype(np.float32)
         mean = _BETA_1 * state.mean + (1 - _BETA_1) * gradient
         square = _BETA_2 * state.square + (1 - _BETA_2) * gradient**2
         unbiased_mean = mean / -jnp.expm1(count * math.log(_BETA_1))
         unbiased_square = square / -jnp.expm1(count * math.log(_BETA_2))
-        move = learning_rate * unbiased_mean / (jnp.sqrt(unbiased_square) + _EPSILON)
+        move = numbers.learning_rate * unbiased_mean / (jnp.sqrt(unbiased_square) + _EPSILON)
         params = jnp.where(going[:, None], state.params - move, state.params)
-        return _Adam(params, mean, square, going, state.taken + going.astype(np.int32), state.step + 1)
+        return _State(params, mean, square, going, state.taken + going.astype(np.int32), state.step + 1)
 
-    def is_going(state: _Adam) -> Array:
-        return (state.step < steps) & state.going.any()
+    def is_going(state: _State) -> Array:
+        return (state.step < jnp.asarray(numbers.steps)) & state.going.any()
 
     zeros, going = jnp.zeros_like(params), jnp.ones(len(targets), bool)
-    start = _Adam(jnp.asarray(params), zeros, zeros, going, jnp.zeros(len(targets), np.int32), jnp.int32(0))
+    start = _State(jnp.asarray(params), zeros, zeros, going, jnp.zeros(len(targets), np.int32), jnp.int32(0))
     end = lax.while_loop(is_going, step, start)
     return end.params, squared_errors(end.params), end.taken
 
@@ -328,15 +350,15 @@ def _unflatten(flat: Array, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
 
 def _stack(initial: SirenParams, count: int, channels: int) -> dict[str, dict[str, np.ndarray]]:
     """`initial` with a leading axis of size `count` on every leaf, checked against the images."""
-    initial = {name: {kind: np.asarray(leaf) for kind, leaf in layer.items()} for name, layer in initial.items()}
-    first, last = initial["layer_0"]["kernel"], initial[f"layer_{len(initial) - 1}"]["kernel"]
+    arrays = {name: {kind: np.asarray(leaf) for kind, leaf in layer.items()} for name, layer in initial.items()}
+    first, last = arrays["layer_0"]["kernel"], arrays[f"layer_{len(arrays) - 1}"]["kernel"]
     if first.shape[-2] != 2 or last.shape[-1] != channels:
         raise ValueError(
             f"initial: expected networks with 2 inputs and {channels} outputs for images of {channels} channels, "
             f"received {first.shape[-2]} inputs and {last.shape[-1]} outputs"
         )
     if first.ndim == 2:
-        return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), initial)
+        return jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), arrays)
     if len(first) != count:
         raise ValueError(f"initial: expected {count} networks, one per image, or a single one; received {len(first)}")
-    return initial
+    return arrays

@@ -1,4 +1,4 @@
-"""Image data sets: layouts, places, downloads from a server on this machine, and files that are not what they should be."""
+"""Image data sets: layouts, places, downloads from a server on this machine, and wrong files."""
 
 import gzip
 import hashlib
@@ -370,7 +370,11 @@ def bad_idx_cases():
         "too long": (FILES[0], images + b"\0", r"expected 3936 bytes.*found 3937"),
         "empty": (FILES[0], b"", "header of 16 bytes, found 0 bytes"),
         "header cut": (FILES[1], labels[:6], "header of 8 bytes, found 6 bytes"),
-        "magic": (FILES[0], b"\x89PNG" + images[4:], r"expected an IDX file with magic number 2051 .* found 2303741511"),
+        "magic": (
+            FILES[0],
+            b"\x89PNG" + images[4:],
+            r"expected an IDX file with magic number 2051 .* found 2303741511",
+        ),
         "floats": (FILES[0], b"\0\0\x0d\x03" + images[4:], r"2051 \(unsigned bytes, 3 dimensions\), found 3331"),
         "labels for images": (FILES[0], labels + bytes(8), r"2051 .* found 2049"),
         "images for labels": (FILES[1], images, r"2049 \(unsigned bytes, 1 dimension\), found 2051"),
@@ -451,7 +455,10 @@ def bad_archives():
         "link": (link.getvalue(), "expected member .*data_batch_1.bin' to be a file"),
         "cut": (whole[: len(whole) // 2], "not a whole tar archive"),
         "no tar": (b"<html></html>", "not a whole tar archive"),
-        "size": (tar_of([(named[0][0], b"short"), *named[1:]]), r"member .*data_batch_1.bin: expected .* found 5 bytes"),
+        "size": (
+            tar_of([(named[0][0], b"short"), *named[1:]]),
+            r"member .*data_batch_1.bin: expected .* found 5 bytes",
+        ),
     }
 
 

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ngjax
@@ -107,6 +108,25 @@ def test_layout_is_that_of_mlp_spec():
     params = init_siren(jax.random.key(0), SIZES)
     back = ngjax.to_params(spec, ngjax.to_graph(spec, params))
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))
+
+
+def test_dwsnets_rule_is_that_of_its_zoo():
+    """One rule for all sine layers, whose biases are zero; the last layer is PyTorch's default."""
+    params = init_siren(jax.random.key(0), (2, 512, 512, 3), omega=20.0, rule="dwsnets")
+    bounds = {"layer_0": np.sqrt(6 / 2) / 20, "layer_1": np.sqrt(6 / 512) / 20, "layer_2": 1 / np.sqrt(512)}
+    for name, bound in bounds.items():
+        kernel = np.asarray(params[name]["kernel"])
+        assert 0.98 * bound < np.abs(kernel).max() <= bound
+        assert abs(kernel.std() / (bound / np.sqrt(3)) - 1) < 0.1
+    assert not params["layer_0"]["bias"].any()
+    assert not params["layer_1"]["bias"].any()
+    wide = init_siren(jax.random.key(0), (2, 512, 512, 1000), rule="dwsnets")["layer_2"]["bias"]
+    assert 0.98 / np.sqrt(512) < np.abs(wide).max() <= 1 / np.sqrt(512)
+
+
+def test_unknown_rules_raise():
+    with pytest.raises(ValueError, match="rule: expected one of .*sitzmann.* received 'torch'"):
+        init_siren.__wrapped__(jax.random.key(0), SIZES, rule="torch")  # past the check of types
 
 
 @pytest.mark.parametrize("sizes", [(), (2,), (2, 0, 1)])
@@ -232,3 +252,92 @@ def test_wrong_images_raise():
         fit_sirens(stacked_sirens(3), broken, steps=1)
     with pytest.raises(ValueError, match="expected 3 networks, one per image, or a single one; received 2"):
         fit_sirens(stacked_sirens(2), smooth_images(3), steps=1)
+    with pytest.raises(ValueError, match="steps: expected 0 or more, received -1"):
+        fit_sirens(stacked_sirens(3), smooth_images(3), steps=-1)
+    with pytest.raises(ValueError, match="pixel_range"):
+        fit_sirens(stacked_sirens(3), smooth_images(3), steps=1, pixel_range=(1.0, 1.0))
+
+
+def slow_fits(initial, images, *, steps, learning_rate, stop_psnr, pixel_range):
+    """One network after the other by optax, step by step, as one would write it down."""
+    low, high = pixel_range
+    optimizer = optax.adam(learning_rate)
+
+    def mse(params, image):
+        drawn = render(params, *image.shape[:2], omega=20.0, output_offset=0.25)
+        return jnp.mean((drawn - (low + (high - low) * image)) ** 2)
+
+    @jax.jit
+    def step(params, state, image):
+        value, gradient = jax.value_and_grad(mse)(params, image)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradient, state)
+        return value, optax.apply_updates(params, updates), state
+
+    for row, image in enumerate(images):
+        params = jax.tree.map(lambda leaf, row=row: leaf[row], initial)
+        state, taken = optimizer.init(params), 0
+        while True:
+            value, *after = step(params, state, image)
+            psnr = -10 * np.log10(max(float(value), 1e-20) / (high - low) ** 2)
+            if taken == steps or psnr >= stop_psnr:
+                break
+            (params, state), taken = after, taken + 1
+        yield params, psnr, taken
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pixel_range", "steps"), [((2, 8, 8, 1), (0.0, 1.0), 30), ((2, 5, 9, 4, 3), (-1.0, 2.0), 60)]
+)
+def test_fits_are_those_of_a_loop_over_single_networks(sizes, pixel_range, steps):
+    """Networks that stop at different steps, one before the first and one never."""
+    images = np.repeat(smooth_images(4, side=7)[:, :5], sizes[-1], axis=-1)
+    images[3] = np.random.default_rng(0).integers(0, 2, size=images[3].shape)  # which nothing so small can draw
+    initial = stacked_sirens(4, sizes)
+    last = f"layer_{len(sizes) - 2}"
+    flat = {"kernel": jnp.zeros_like(initial[last]["kernel"][0]), "bias": jnp.full(sizes[-1], pixel_range[1] - 0.25)}
+    initial = initial | {last: jax.tree.map(lambda leaf, value: leaf.at[0].set(value), initial[last], flat)}
+    images[0] = 1.0  # what the first network draws from the start
+    arguments = {"steps": steps, "learning_rate": 3e-3, "stop_psnr": 22.0, "pixel_range": pixel_range}
+    fits = fit_sirens(initial, images, omega=20.0, output_offset=0.25, **arguments)
+    for row, (params, psnr, taken) in enumerate(slow_fits(initial, images, **arguments)):
+        assert fits.steps[row] == taken
+        if row:
+            np.testing.assert_allclose(fits.psnr[row], psnr, atol=1e-2)
+        for leaf, expected in zip(jax.tree.leaves(fits.params), jax.tree.leaves(params), strict=True):
+            np.testing.assert_allclose(leaf[row], expected, atol=1e-4)
+    assert fits.steps[0] == 0
+    assert fits.steps[3] == steps
+    assert 0 < fits.steps[1] < steps
+    assert 0 < fits.steps[2] < steps
+    assert fits.steps[1] != fits.steps[2]
+    assert (fits.psnr[:3] > 22).all()
+    assert fits.psnr[3] < 22
+
+
+def test_all_steps_are_taken_where_nothing_stops_them():
+    fits = fit_sirens(stacked_sirens(2), smooth_images(2), steps=5)
+    np.testing.assert_array_equal(fits.steps, [5, 5])
+    assert fits.steps.dtype == np.int32
+
+
+def test_company_does_not_matter():
+    """The same networks with other ones beside them, in another order: bit for bit the same."""
+    images, initial = smooth_images(6), stacked_sirens(6)
+    arguments = {"steps": 20, "learning_rate": 3e-3, "stop_psnr": 30.0}
+
+    def fit(rows):
+        fits = fit_sirens(jax.tree.map(lambda leaf: leaf[rows], initial), images[rows], **arguments)
+        return {row: jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), fits) for i, row in enumerate(rows.tolist())}
+
+    one, other = fit(np.array([0, 1, 2, 3])), fit(np.array([5, 2, 0, 4]))
+    for row in (0, 2):
+        assert jax.tree.all(jax.tree.map(np.array_equal, one[row], other[row]))
+
+
+def test_errors_in_the_progress_callback_are_raised():
+    def fail(done, of):
+        raise RuntimeError(f"{done} of {of}")
+
+    with pytest.raises(RuntimeError, match="1 of 7"):
+        fit_sirens(stacked_sirens(7), smooth_images(7), steps=1, chunk_bytes=1, progress=fail)

@@ -114,6 +114,9 @@ class GraphConfig(Config):
     """Hidden layers of the readout."""
     readout_norm: bool = False
     """Layer norm in front of the readout, which the paper has not."""
+    micro_batch: int | None = None
+    """Networks whose gradient a device computes at a time; by default 2 on CPU, where activations then stay in cache,
+    and elsewhere all of its share of a batch."""
     statistics: pathlib.Path | None = None
     """Zoo whose training networks give the mean and deviation of weights; by default the one that is trained on."""
 
@@ -517,13 +520,11 @@ def main(config: Config) -> dict[str, Any]:
     train.join_processes(config.distributed)
     out = train.prepare_folder(config.out)  # before any work: an unwritable folder fails here
     data = open_data(config.zoo, networks=config.networks, validation_fraction=config.validation_fraction)
-    mesh = train.data_mesh()
+    mesh = make_mesh(config)
     if not config.seeds or config.epochs <= 0:
         raise ValueError(
             f"seeds={config.seeds} and epochs={config.epochs}, expected at least one seed, and epochs above 0"
         )
-    if config.batch_size % mesh.size:
-        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {mesh.size} devices")
     settings = settings_of(config, data)
     folders = {seed: train.prepare_folder(out / f"seed-{seed}", config.if_exists) for seed in config.seeds}
     for folder in folders.values():
@@ -547,6 +548,25 @@ def main(config: Config) -> dict[str, Any]:
             save_figure(draw_confusion(config, data, outcomes), out / "confusion.png")
     say("\n" + "\n".join(results["table"]) + f"\n\n{TABLE_NOTES}\n\nnumbers, pictures and models are in {out}")
     return results
+
+
+def make_mesh(config: Config) -> Mesh:
+    """All devices; of the cores of a CPU, as many as can share a batch equally."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
+        devices = devices[: max(n for n in range(1, len(devices) + 1) if config.batch_size % n == 0)]
+    if config.batch_size % len(devices):
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {len(devices)} devices")
+    return train.data_mesh(devices)
+
+
+def micro_batch_of(config: Config, mesh: Mesh) -> int | None:
+    if not isinstance(config, GraphConfig):
+        return None
+    share = config.batch_size // mesh.size
+    if config.micro_batch is None and mesh.devices.flat[0].platform == "cpu":
+        return 1 + (share % 2 == 0)
+    return config.micro_batch
 
 
 def run_seed(
@@ -626,6 +646,7 @@ def run_seed(
         num_steps=num_steps,
         key=step_key,
         mesh=mesh,
+        micro_batch=micro_batch_of(config, mesh),
         evaluate=evaluate,
         eval_every=config.eval_every,
         log_every=min(100, config.eval_every),
@@ -844,4 +865,5 @@ def draw_confusion(config: Config, data: Data, outcomes: list[Outcome]) -> Figur
 
 if __name__ == "__main__":
     mpl.use("agg")
+    train.use_cpu_cores()
     main(parse())

@@ -307,8 +307,9 @@ class NGT(nn.Module):
         return topology.write(graph, topology.from_dense_nodes(nodes), forward, updates)
 
     def _check_memory(self, num_nodes: int) -> None:
-        width = 4 * self.attention_features + 3 * self.edge_hidden + 2 * self.edge_features
-        gigabytes = num_nodes**2 * width * jnp.dtype(self.dtype).itemsize / 1e9
+        rows = min(num_nodes, self.attention_rows or num_nodes)
+        numbers = num_nodes * (3 * self.edge_hidden + 2 * self.edge_features) + rows * 4 * self.attention_features
+        gigabytes = num_nodes * numbers * jnp.dtype(self.dtype).itemsize / 1e9
         if gigabytes > self.memory_limit:
             raise ValueError(
                 f"NG-T looks at all pairs of {num_nodes:,} nodes: about {gigabytes:,.1f} GB per graph and layer, more "

@@ -6,45 +6,84 @@ import numpy as np
 import pytest
 
 import ngjax
-from ngjax.nn.transformer import relational_attention
+from ngjax.nn.transformer import AttentionMaps, in_row_blocks, relational_attention
 from tests.nn.small import jit, ngt, one, siren_spec, sirens, variables_of
 
-HEADS, WIDTH, NODES = 2, 3, 4
+HEADS, WIDTH, NODES, CHANNELS = 2, 3, 4, 5
 
 
-def by_loops(qkv_node, qkv_edge, mask, modulate):
+def random_attention(modulate):
+    """Queries, keys, values, pairs and maps."""
+    rng = np.random.default_rng(0)
+    nodes = [rng.standard_normal((NODES, HEADS * WIDTH)).astype(np.float32) for _ in range(3)]
+    pairs = rng.standard_normal((NODES, NODES, CHANNELS)).astype(np.float32)
+    maps = [rng.standard_normal((CHANNELS, HEADS * WIDTH)).astype(np.float32) for _ in range(4)]
+    return (*nodes, pairs, AttentionMaps(*maps[:3], maps[3] if modulate else None))
+
+
+def by_loops(queries, keys, values, pairs, maps, mask):
     result = np.zeros((NODES, HEADS * WIDTH))
     for h in range(HEADS):
-        q, k, v = np.split(qkv_node[:, h], 3, axis=-1)
+        own = slice(h * WIDTH, (h + 1) * WIDTH)
         for i in range(NODES):
-            logits, values = [], []
+            logits, mixed = [], []
             for j in range(NODES):
                 if not mask[j]:
                     continue
-                q_edge, k_edge, add, *mul = np.split(qkv_edge[i, j, h], 4 if modulate else 3)
-                logits.append((q[i] + q_edge) @ (k[j] + k_edge) / np.sqrt(HEADS * WIDTH))
-                values.append(v[j] * (mul[0] if modulate else 1) + add)
+                query = queries[i, own] + pairs[i, j] @ maps.query[:, own]
+                key = keys[j, own] + pairs[i, j] @ maps.key[:, own]
+                logits.append(query @ key / np.sqrt(HEADS * WIDTH))
+                multiply = 1 if maps.multiply is None else pairs[i, j] @ maps.multiply[:, own]
+                mixed.append(values[j, own] * multiply + pairs[i, j] @ maps.add[:, own])
             weights = np.exp(logits - np.max(logits))
-            result[i, h * WIDTH : (h + 1) * WIDTH] = weights / weights.sum() @ np.array(values)
+            result[i, own] = weights / weights.sum() @ np.array(mixed)
     return result
 
 
 @pytest.mark.parametrize("modulate", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_attention_by_loops(modulate, masked):
-    rng = np.random.default_rng(0)
-    qkv_node = rng.standard_normal((NODES, HEADS, 3 * WIDTH)).astype(np.float32)
-    qkv_edge = rng.standard_normal((NODES, NODES, HEADS, (4 if modulate else 3) * WIDTH)).astype(np.float32)
+    inputs = random_attention(modulate)
     mask = np.array([True, False, True, True]) if masked else np.ones(NODES, bool)
-    result = jit(relational_attention)(qkv_node, qkv_edge, jnp.asarray(mask) if masked else None)
-    np.testing.assert_allclose(result, by_loops(qkv_node, qkv_edge, mask, modulate), rtol=1e-4, atol=1e-5)
+    attend = jax.jit(relational_attention, static_argnums=5)
+    result = attend(*inputs, HEADS, jnp.asarray(mask) if masked else None)
+    np.testing.assert_allclose(result, by_loops(*inputs, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_that_are_never_seen_are_finite():
     """A padding graph has masked keys alone: finite values, and a derivative of zero."""
-    node, edge = jnp.ones((NODES, HEADS, 9)), jnp.ones((NODES, NODES, HEADS, 12))
-    gradient = jit(jax.grad(lambda x: 0 * jnp.sum(relational_attention(x, edge, jnp.zeros(NODES, bool)))))(node)
+    queries, *others = jax.tree.map(jnp.asarray, random_attention(modulate=True))
+    nowhere = jnp.zeros(NODES, bool)
+    gradient = jax.grad(lambda x: 0 * jnp.sum(relational_attention(x, *others, HEADS, nowhere)))(queries)
     assert not np.any(gradient)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_attention_of_a_few_rows_at_a_time(rows):
+    """The same values and gradients, also where the last block is not full."""
+    queries, keys, values, pairs, maps = random_attention(modulate=True)
+    batched = [jnp.stack([x, 2 * x]) for x in (queries, keys, values, pairs)]
+
+    def attend(rows, queries, keys, values, pairs, maps):
+        return in_row_blocks(
+            lambda queries, pairs: relational_attention(queries, keys, values, pairs, maps, HEADS, None),
+            rows,
+            (queries, pairs),
+            axes=(-2, -3),
+        )
+
+    def value_and_gradients(rows):
+        def loss(inputs):
+            result = attend(rows, *inputs)
+            return jnp.sum(jnp.sin(result)), result
+
+        return jit(jax.value_and_grad(loss, has_aux=True))((*batched, maps))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        value_and_gradients(rows),
+        value_and_gradients(None),
+    )
 
 
 def test_more_nodes_than_the_memory_holds_are_refused():

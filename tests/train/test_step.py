@@ -133,3 +133,38 @@ def test_bad_metrics(named, message):
             loss_fn=lambda params, batch, key: (jnp.sum(params), named),
             optimizer=optimizer,
         )
+
+
+def weighted(params, batch, key):
+    """A mean over rows, with a number drawn for each piece."""
+    errors = jnp.tanh(batch["x"] @ params - batch["y"])
+    return jnp.mean(errors**2), {"largest": jnp.max(batch["y"]), "draw": jax.random.uniform(key)}
+
+
+@pytest.mark.parametrize(("devices", "rows"), [(1, 1), (1, 8), (2, 2), (4, 1), (8, 2)])
+def test_micro_batches_add_up_to_the_batch(devices, rows):
+    batch = {"x": jax.random.normal(jax.random.key(0), (16, 3)), "y": jnp.arange(16) / 10}
+    params, key = jnp.array([0.5, -1.0, 2.0]), jax.random.key(1)
+    mesh = train.data_mesh(jax.devices()[:devices])
+    value_and_grad = jax.jit(train.micro_batch_gradients(weighted, mesh, rows))
+    (loss, metrics), gradient = value_and_grad(
+        train.replicate(params, mesh), train.shard_batch(batch, mesh), train.replicate(key, mesh)
+    )
+    (expected_loss, _), expected = jax.value_and_grad(weighted, has_aux=True)(params, batch, key)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    # Metrics are means over the pieces, and each piece has a key of its own, the same on any number of devices.
+    pieces = batch["y"].reshape(-1, rows).max(axis=1)
+    draws = [jax.random.uniform(jax.random.fold_in(key, i)) for i in range(16 // rows)]
+    np.testing.assert_allclose(metrics["largest"], pieces.mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["draw"], np.mean(draws), rtol=1e-6)
+
+
+def test_micro_batches_that_do_not_fit_are_refused():
+    mesh = train.data_mesh(jax.devices()[:2])
+    batch = train.shard_batch({"x": np.ones((12, 3), np.float32), "y": np.ones(12, np.float32)}, mesh)
+    with pytest.raises(ValueError, match="every device has 6 rows of the batch.*micro_batch=4"):
+        train.micro_batch_gradients(weighted, mesh, 4)(jnp.ones(3), batch, jax.random.key(0))
+    state = train.init_state(jnp.ones(3), optax.sgd(1.0))
+    with pytest.raises(ValueError, match="micro_batch=2 needs the mesh"):
+        train.train_step(state, batch, jax.random.key(0), loss_fn=weighted, optimizer=optax.sgd(1.0), micro_batch=2)

@@ -12,7 +12,6 @@ Needs PyTorch. Compare the rows of one run with each other, not with other machi
 
 import argparse
 import itertools
-import os
 import time
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from ngjax import zoo
+from ngjax.machine import available_cores
 
 
 def fit_in_torch(
@@ -83,8 +83,8 @@ def main(arguments: argparse.Namespace) -> None:
             begin = time.perf_counter()
             psnr[name] = fit()
             seconds[name].append((time.perf_counter() - begin) / networks / recipe.steps)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{arguments.sizes} on {images.shape[1]} x {images.shape[2]} pixels, {recipe.steps} steps, {cores} cores")
+    size = f"{images.shape[1]} x {images.shape[2]} pixels"
+    print(f"{arguments.sizes} on {size}, {recipe.steps} steps, {available_cores()} cores")
     for name, times in seconds.items():
         print(f"  {name:22s} {1e3 * min(times):7.4f} ms per network and step, PSNR {np.mean(psnr[name]):.2f} dB")
     slow, fast = (min(times) for times in seconds.values())

@@ -25,7 +25,6 @@ import datetime
 import functools
 import json
 import multiprocessing
-import os
 import pathlib
 import platform
 import resource
@@ -38,6 +37,7 @@ import numpy as np
 import tyro
 
 from ngjax.files import write_atomically
+from ngjax.machine import available_cores, processor_name
 
 SIZES = (2, 32, 32, 1)
 MODELS = ("ng-gnn", "ng-t")
@@ -83,7 +83,7 @@ def main(config: Config) -> None:
         results = {
             "rows": rows,
             "config": {**dataclasses.asdict(config), "reference": config.reference is not None, "out": None},
-            "machine": {"processor": processor_name(), "system": platform.platform()},
+            "machine": {"processor": processor_name(), "cores": available_cores(), "system": platform.platform()},
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "table": table.splitlines(),
         }
@@ -350,16 +350,6 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
-
-
-def processor_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip() + f", {os.cpu_count()} cores"
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import pathlib
 import platform
 import shlex
@@ -41,6 +40,7 @@ from matplotlib.figure import Figure
 import ngjax
 from ngjax import train, zoo
 from ngjax.files import write_atomically
+from ngjax.machine import describe_machine
 
 SPLITS = ("train", "validation", "test")
 MADE_ORDER = ("test", "validation", "train")
@@ -129,7 +129,7 @@ def main(config: Config) -> dict[str, Any]:
     }
     run = {
         "command": shlex.join(sys.orig_argv),
-        "machine": {"processor": processor_name(), "cores": available_cores(), "device": jax.devices()[0].device_kind},
+        "machine": describe_machine(),
         "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
         "chunk_bytes": config.chunk_bytes,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -434,20 +434,6 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
     with write_atomically(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130, bbox_inches="tight", facecolor="white")
     plt.close(figure)
-
-
-def processor_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

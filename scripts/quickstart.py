@@ -18,7 +18,6 @@ import datetime
 import functools
 import json
 import math
-import os
 import pathlib
 import platform
 import time
@@ -40,6 +39,7 @@ import ngjax
 from ngjax import train, zoo
 from ngjax.baselines import FlatMLP, ProbeReadout, flat_statistics
 from ngjax.files import write_atomically
+from ngjax.machine import describe_machine
 
 SIZES = (2, 32, 32, 1)
 SPEC = ngjax.mlp_spec(SIZES, activation="siren")
@@ -182,7 +182,7 @@ def main(config: Config) -> dict[str, Any]:
         "train_networks": len(own.train.labels),
         "test_networks": len(own.test.labels),
         "seconds": {**seconds, "total": round(time.perf_counter() - start, 1)},
-        "machine": {"processor": processor_name(), "cores": available_cores(), "device": jax.devices()[0].device_kind},
+        "machine": describe_machine(),
         "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": {**dataclasses.asdict(config), "out": str(config.out)},
@@ -396,18 +396,6 @@ def stage(seconds: dict[str, float], key: str, title: str) -> Iterator[None]:
     yield
     seconds[key] = round(time.perf_counter() - start, 1)
     print(f"      {seconds[key]:.0f} s", flush=True)
-
-
-def processor_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -13,12 +13,10 @@ Writes into the output folder: `results.json`, `learning_curves.png`, `confusion
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
 import json
-import os
 import pathlib
 import platform
 import shutil
@@ -43,6 +41,7 @@ import ngjax
 from ngjax import train, zoo
 from ngjax.baselines import FlatMLP, ProbeReadout, flat_statistics
 from ngjax.files import write_atomically
+from ngjax.machine import describe_machine
 from ngjax.zoo.augment import AUGMENTATIONS, augment
 
 MOST_FOR_STATISTICS = 20_000  # networks; more would not change a mean in its third digit, and have to fit into memory
@@ -748,9 +747,7 @@ def summarize(config: Config, data: Data, mesh: Mesh, outcomes: list[Outcome]) -
             "provenance": list(data.zoo.provenance),
         },
         "machine": {
-            "processor": processor_name(),
-            "cores": available_cores(),
-            "device": jax.devices()[0].device_kind,
+            **describe_machine(),
             "devices": mesh.size,
             "processes": jax.process_count(),
         },
@@ -800,18 +797,6 @@ def say(text: str) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
     with write_atomically(path) as unfinished:
         unfinished.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def processor_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

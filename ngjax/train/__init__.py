@@ -1,7 +1,7 @@
 """Training: one step, one loop, and what makes a run resumable on one device or many.
 
-`fit` is the loop that every script shares. It imports nothing else of the library, so anything
-with parameters and a loss can be trained with it.
+`fit` is the loop that every script shares. It knows nothing of graphs and zoos, so anything with
+parameters and a loss can be trained with it.
 """
 
 from ngjax.train.checkpoint import Checkpoints, IfExists, prepare_folder

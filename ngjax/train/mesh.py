@@ -4,7 +4,6 @@ Everything computes on every process; only process 0 writes metrics and progress
 are saved by all.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import PyTree
+
+from ngjax.machine import available_cores
 
 DATA_AXIS = "data"
 
@@ -39,9 +40,7 @@ def use_cpu_cores(count: int | None = None) -> None:
     Args:
       count: of devices; the cores this process may run on by default.
     """
-    if count is None:
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", count)
+    jax.config.update("jax_num_cpu_devices", available_cores() if count is None else count)
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

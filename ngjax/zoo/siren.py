@@ -12,7 +12,6 @@ import concurrent.futures
 import functools
 import itertools
 import math
-import os
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypeAlias
@@ -23,6 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ngjax.machine import available_cores
 from ngjax.trig import sincos
 
 SirenParams: TypeAlias = Mapping[str, Mapping[str, Array | np.ndarray]]
@@ -229,7 +229,7 @@ def fit_sirens(
         return jax.device_get(fitted)
 
     fits = []
-    for part in _in_threads(fit_chunk, range(0, count, chunk), _available_cores() if on_cpu else 1):
+    for part in _in_threads(fit_chunk, range(0, count, chunk), available_cores() if on_cpu else 1):
         fits.append(part)
         if progress is not None:
             progress(min(len(fits) * chunk, count), count)
@@ -252,10 +252,6 @@ def _in_threads(function: Callable[[int], tuple], arguments: Sequence[int], work
         yield from executor.map(function, arguments)
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Numbers(NamedTuple):

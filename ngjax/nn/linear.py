@@ -52,7 +52,7 @@ def linear(
 
 @jax.custom_vjp
 def linear_halves(
-    x: Float[Array, "... c"], kernel: Float[Array, "c 2*d"]
+    x: Float[Array, "... c"], kernel: Float[Array, "c both"]
 ) -> tuple[Float[Array, "... d"], Float[Array, "... d"]]:
     """The two halves of `x @ kernel`.
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ngjax.graph import GroupedGraph
 from ngjax.nn.encoder import EncoderConfig, GraphEncoder
-from ngjax.nn.linear import Dense, DenseParams, at_least_float32, linear_halves
+from ngjax.nn.linear import Dense, at_least_float32
 from ngjax.nn.topology import Edges, Scope, Topology, read_graph
 from ngjax.spec import NeuralGraphSpec
 
@@ -61,8 +61,7 @@ class PNALayer(nn.Module):
         self, topology: Topology, nodes: Float[Array, "... N d"], edges: Edges, mean_log_degree: float | Array
     ) -> Float[Array, "... N d"]:
         """New node features."""
-        kernel, bias = DenseParams(2 * self.features, name="film")(edges[0].shape[-1])
-        kernel, (scale_bias, shift_bias) = kernel.astype(self.dtype), jnp.split(bias.astype(self.dtype), 2)
+        film = Dense(2 * self.features, dtype=self.dtype, name="film")
         # One linear map of [target, source], taken apart: on nodes rather than on edges.
         of_target = topology.target(Dense(self.features, dtype=self.dtype, name="message_target")(nodes))
         of_source = topology.source(
@@ -70,8 +69,8 @@ class PNALayer(nn.Module):
         )
 
         def message(edge: Array, target: Array, source: Array) -> Array:
-            scale, shift = linear_halves(edge.astype(self.dtype), kernel)
-            return (scale + scale_bias) * (target + source) + shift + shift_bias
+            scale, shift = jnp.split(film(edge), 2, axis=-1)
+            return scale * (target + source) + shift
 
         messages = tuple(map(message, edges, of_target, of_source))
         wide = at_least_float32(self.dtype)

@@ -94,7 +94,6 @@ def main(config: Config) -> None:
 def measure(config: Config, model: str, side: str) -> dict[str, Any]:
     """The best of all batch sizes, in this process."""
     sides = {"blocks": block_steps, "edge list": edge_list_steps, "PyTorch": reference_steps}
-    gflops = flops(config, model) / 1e9
     best: dict[str, Any] = {}
     tried = {}
     for name, batch_size, step in sides[side](config, model):
@@ -104,7 +103,7 @@ def measure(config: Config, model: str, side: str) -> dict[str, Any]:
             best = {"milliseconds": 1e3 * seconds, "at": name}
     # Before the large product, which takes memory itself.
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    rate = peak_rate(side == "PyTorch")
+    gflops, rate = flops(config, model) / 1e9, peak_rate(side == "PyTorch")
     return {
         **best,
         "tried": tried,

@@ -1,5 +1,6 @@
 """Padded batches of different architectures: the same numbers as each network alone, one compilation for all."""
 
+import contextlib
 import functools
 
 import jax
@@ -40,13 +41,30 @@ def poisoned(batch):
     )
 
 
+def model_of(kind, dtype=jnp.float32):
+    pooling = "max_edge" if kind == "ng-t" else "cat_output"
+    return TwoHeads(
+        BACKBONES[kind](encoder=PROBED, dtype=dtype),
+        GraphReadout(features=3, hidden=8, pooling=pooling, num_outputs=1, dtype=dtype),
+        ParamsReadout(output_scale=0.1, dtype=dtype),
+    )
+
+
 @functools.cache
 def model_and_variables(kind):
-    model = TwoHeads(
-        BACKBONES[kind](encoder=PROBED),
-        GraphReadout(features=3, hidden=8, pooling="max_edge" if kind == "ng-t" else "cat_output", num_outputs=1),
-    )
+    model = model_of(kind)
     return model, variables_of(model, siren_spec(ARCHITECTURES[0]))
+
+
+@contextlib.contextmanager
+def float64():
+    """Only what padding does can make a difference here, not the order of sums."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def doubled(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
 
 
 def total(logits, nodes, edges):
@@ -55,7 +73,7 @@ def total(logits, nodes, edges):
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_outputs_and_gradients_are_those_of_each_network_alone(kind):
-    model, variables = model_and_variables(kind)
+    model, (_, variables) = model_of(kind, jnp.float64), model_and_variables(kind)
     specs, params = networks()
 
     def padded(variables, params):
@@ -68,25 +86,27 @@ def test_outputs_and_gradients_are_those_of_each_network_alone(kind):
         parts = [total(logits, edit.nodes.features, edit.edges.features) for logits, edit in results]
         return sum(parts), results
 
-    (_, (logits, edit)), gradients = jit(jax.value_and_grad(padded, (0, 1), has_aux=True))(variables, params)
-    (_, singles), expected = jit(jax.value_and_grad(alone, (0, 1), has_aux=True))(variables, params)
+    with float64():
+        variables, params = doubled((variables, params))
+        (_, (logits, edit)), gradients = jit(jax.value_and_grad(padded, (0, 1), has_aux=True))(variables, params)
+        (_, singles), expected = jit(jax.value_and_grad(alone, (0, 1), has_aux=True))(variables, params)
 
-    assert np.all(np.isfinite(logits))
-    assert error(logits[:2], jnp.concatenate([single[0] for single in singles]), at_least=1.0) < 1e-6
-    graphs = [ngjax.to_graph(s, p) for s, p in zip(specs, params, strict=True)]
-    for spec, own, (_, single) in zip(specs, unbatch_graphs(edit, graphs), singles, strict=True):
-        assert error(ngjax.to_params(spec, own), ngjax.to_params(spec, single), at_least=1.0) < 1e-6
-    assert not np.any(edit.nodes.features[18:]), "padding of the result is zero"
-    # Sums over nodes and edges round in another order in programs of another shape, and derivatives add that up.
-    assert error(gradients[0], expected[0], at_least=1.0) < 4e-6
-    for ours, theirs in zip(gradients[1], expected[1], strict=True):
-        assert error(ours, theirs, at_least=1.0) < (1e-6 if kind == "ng-gnn" else 4e-6)
+        assert logits.dtype == np.float64
+        assert np.all(np.isfinite(logits))
+        assert error(logits[:2], jnp.concatenate([single[0] for single in singles])) < 1e-12
+        graphs = [ngjax.to_graph(s, p) for s, p in zip(specs, params, strict=True)]
+        for spec, own, (_, single) in zip(specs, unbatch_graphs(edit, graphs), singles, strict=True):
+            assert error(ngjax.to_params(spec, own), ngjax.to_params(spec, single)) < 1e-12
+        assert not np.any(edit.nodes.features[18:]), "padding of the result is zero"
+        assert error(gradients[0], expected[0]) < 1e-12
+        for ours, theirs in zip(gradients[1], expected[1], strict=True):
+            assert error(ours, theirs) < 1e-12
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_other_architectures_and_budgets(kind):
     """A batch of the same budget never compiles again; a full batch and one of padding mostly give the same numbers."""
-    model, variables = model_and_variables(kind)
+    model, (_, variables) = model_of(kind, jnp.float64), model_and_variables(kind)
     traces = []
 
     @jit
@@ -94,20 +114,22 @@ def test_other_architectures_and_budgets(kind):
         traces.append(graph.nodes.features.shape)
         return model.apply(variables, graph)[0]
 
-    specs, params = networks()
-    first = run(variables, batch_of(specs, params, BUDGET))
-    swapped = run(variables, batch_of(specs[::-1], params[::-1], BUDGET))
-    alone = run(variables, batch_of(specs[1:], params[1:], BUDGET))
-    other = networks(((1, 8, 1), (2, 2, 2, 2, 1), (3, 1)), seed=7)
-    others = run(variables, poisoned(batch_of(*other, BUDGET)))
-    assert len(traces) == 1
-    assert np.all(np.isfinite(others))
-    assert error(swapped[:2][::-1], first[:2]) < 1e-6
-    assert error(alone[:1], first[1:2]) < 1e-6
+    with float64():
+        variables = doubled(variables)
+        specs, params = networks()
+        params, other = doubled(params), networks(((1, 8, 1), (2, 2, 2, 2, 1), (3, 1)), seed=7)
+        first = run(variables, batch_of(specs, params, BUDGET))
+        swapped = run(variables, batch_of(specs[::-1], params[::-1], BUDGET))
+        alone = run(variables, batch_of(specs[1:], params[1:], BUDGET))
+        others = run(variables, poisoned(batch_of(other[0], doubled(other[1]), BUDGET)))
+        assert len(traces) == 1
+        assert np.all(np.isfinite(others))
+        assert error(swapped[:2][::-1], first[:2]) < 1e-12
+        assert error(alone[:1], first[1:2]) < 1e-12
 
-    # Nothing to spare, and more nodes per graph than the last one has.
-    full = ngjax.GraphBudget(2, 12 + 6, 34 + 9, 15)
-    assert error(run(variables, batch_of(specs, params, full)), first[:2]) < 1e-6
+        # Nothing to spare, and more nodes per graph than the last one has.
+        full = ngjax.GraphBudget(2, 12 + 6, 34 + 9, 15)
+        assert error(run(variables, batch_of(specs, params, full)), first[:2]) < 1e-12
     assert len(traces) == 2
 
 

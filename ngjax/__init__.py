@@ -18,6 +18,7 @@ from ngjax.nn import (
 )
 from ngjax.spec import NeuralGraphSpec
 from ngjax.symmetry import permute_params, random_permutations
+from ngjax.trace import trace_spec
 from ngjax.version import __version__
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "to_graph",
     "to_groups",
     "to_params",
+    "trace_spec",
     "unbatch_graphs",
     "weight_statistics",
 ]

@@ -1,0 +1,149 @@
+"""`trace_spec`: the spec of any JAX function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngjax.spec import NeuralGraphSpec, ParamSpec, flatten_with_path, format_path, path_keys
+from ngjax.trace.assemble import assemble
+from ngjax.trace.axes import letter, pin, unify
+from ngjax.trace.program import Acts, Program, Value, Weights
+from ngjax.trace.rules import Words
+from ngjax.trace.weights import whole
+
+
+def trace_spec(
+    apply_fn: Callable[..., Any], params: Any, *inputs: Any, carries: Mapping[int, int] | None = None, **kwargs: Any
+) -> NeuralGraphSpec:
+    """The spec of a network, read from what its function does with its parameters.
+
+    Follows the function's jaxpr: every axis of every array gets the permutations under which the function provably
+    stays the same, and every parameter its neurons or edges. What cannot be proven is pinned, with the primitive that
+    pinned it in `spec.pinned`.
+
+    An output whose path and shape repeat a leaf of `params` (an update, new running statistics) moves as that leaf
+    does; other outputs keep their order, and so do inputs.
+
+    Args:
+      apply_fn: `apply_fn(params, *inputs, **kwargs)`, in evaluation mode: dropout would pin what it is applied to.
+      params: the pytree of everything that moves with the neurons, running statistics too. Leaves may be abstract
+        (`jax.ShapeDtypeStruct`); integer and key leaves have no home, other leaves (activation functions in Equinox
+        modules) are static.
+      inputs: example arguments, abstract or not; only shapes and dtypes matter.
+      carries: for inputs that are a state (of an LSTM cell): from the input's number to that of the output, counted
+        along the tuple of results, whose neurons are the same.
+      kwargs: static arguments of the function (`train=False`).
+
+    Raises:
+      TypeError: complex parameters, or an output that is no array.
+      ValueError: no floating parameters; a function whose control flow depends on values.
+    """
+    pairs, treedef = flatten_with_path(params)
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for _, leaf in pairs]
+    arrays = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for (_, leaf), array in zip(pairs, is_array, strict=True) if array
+    ]
+    for (path, leaf), array in zip(pairs, is_array, strict=True):
+        if array and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"parameter {format_path(path)} is {leaf.dtype}: split it into real and imaginary leaves, which have a "
+                "place in a neural graph"
+            )
+    if not any(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays):
+        raise ValueError("expected a pytree with at least one floating parameter, received none")
+
+    def function(leaves: list[Any], inputs: Any) -> Any:
+        left = iter(leaves)
+        tree = jax.tree.unflatten(
+            treedef, [next(left) if array else leaf for (_, leaf), array in zip(pairs, is_array, strict=True)]
+        )
+        return apply_fn(tree, *inputs, **kwargs)
+
+    try:
+        closed, out_shapes = jax.make_jaxpr(function, return_shape=True)(arrays, inputs)
+    except jax.errors.TracerBoolConversionError as error:
+        raise ValueError(
+            "the function's control flow depends on values, so that one trace does not describe it; use jax.lax.cond "
+            f"or jnp.where ({error})"
+        ) from error
+    paths = [path for (path, _), array in zip(pairs, is_array, strict=True) if array]
+    specs = [ParamSpec(p, tuple(a.shape), str(a.dtype)) for p, a in zip(paths, arrays, strict=True)]
+    program = Program([format_path(path) for path in paths])
+    words: list[Words] = [tuple(letter(n) for n in array.shape) for array in arrays]
+    values = [
+        Value(w, Weights((whole(i, spec.shape),)) if spec.is_floating else Weights())
+        for i, (w, spec) in enumerate(zip(words, specs, strict=True))
+    ]
+    for w, spec in zip(words, specs, strict=True):
+        if not spec.is_floating:
+            for word in w:
+                pin(word, "not floating")
+    flat_inputs = [jax.tree.leaves(item) for item in inputs]
+    carried = dict(carries or {})
+    for number in carried:
+        if not 0 <= number < len(inputs):
+            raise ValueError(f"carries names input {number}, but the function was given {len(inputs)} inputs")
+    for number, item in enumerate(flat_inputs):
+        for leaf in item:
+            shape = np.shape(leaf)
+            reason = "" if number in carried else "input"
+            values.append(Value(tuple(letter(n, reason) for n in shape), Acts(is_input=True)))
+    input_values = values[len(words) :]
+    results = program.run(closed.jaxpr, closed.consts, values)
+    _outputs(results, out_shapes, specs, words, input_values, flat_inputs, carried)
+    unused = {i for i, var in enumerate(closed.jaxpr.invars[: len(words)]) if not _is_used(closed.jaxpr, var)}
+    for i in unused:
+        for word in words[i]:
+            pin(word, "used by no equation")
+    labels = [ids for value in results if isinstance(value.flow, Acts) for ids in value.flow.labels]
+    program.arrays += [w for w in words if w]
+    homes = [w if spec.is_floating else () for w, spec in zip(words, specs, strict=True)]
+    static = all(is_array)
+    return assemble(program, specs, homes, labels, treedef if static else None)
+
+
+def _is_used(jaxpr: Any, var: Any) -> bool:
+    return any(atom is var for eqn in jaxpr.eqns for atom in eqn.invars) or any(atom is var for atom in jaxpr.outvars)
+
+
+def _outputs(
+    results: list[Value],
+    shapes: Any,
+    specs: list[ParamSpec],
+    words: list[Words],
+    inputs: list[Value],
+    flat_inputs: list[list[Any]],
+    carried: dict[int, int],
+) -> None:
+    """Outputs keep their order, except those that are the parameters or a state again."""
+    pairs, _ = flatten_with_path(shapes)
+    by_path = {path_keys(spec.path): i for i, spec in enumerate(specs)}
+    starts = np.cumsum([0, *map(len, flat_inputs)])
+    state: dict[int, list[Words]] = {
+        out: [value.words for value in inputs[starts[number] : starts[number + 1]]] for number, out in carried.items()
+    }
+    for (path, shape), value in zip(pairs, results, strict=True):
+        keys = path_keys(path)
+        same = _leaf_of(keys, by_path)
+        if same is not None and specs[same].shape == tuple(shape.shape):
+            for a, b in zip(value.words, words[same], strict=True):
+                unify(a, b, "output")
+        elif keys and keys[0] in state and state[keys[0]]:
+            for a, b in zip(value.words, state[keys[0]].pop(0), strict=True):
+                unify(a, b, "output")
+        else:
+            for word in value.words:
+                pin(word, "output")
+
+
+def _leaf_of(keys: tuple[Any, ...], by_path: dict[tuple[Any, ...], int]) -> int | None:
+    """The parameter with this path, or whose path ends with the path or begins the other way round."""
+    for start in range(len(keys)):
+        if keys[start:] in by_path:
+            return by_path[keys[start:]]
+    return None

@@ -69,6 +69,7 @@ def assemble(
       outputs: numbers of the neurons that make up the results.
       treedef: of the parameters.
     """
+    program.neurons.refine()
     pieces, piece_of, rank = _pieces(program.neurons)
     edges = [e for link in program.neurons.links for e in _edges(link, params, pieces, piece_of, rank)]
     edges = list(dict.fromkeys(edges))

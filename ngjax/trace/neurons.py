@@ -103,6 +103,24 @@ class Neurons:
                     self.part[of_part] = self.num_parts
                     self.num_parts += 1
 
+    def refine(self) -> None:
+        """Tells apart what one-to-one links join to parts that were told apart."""
+        pairs = [
+            (link.source.reshape(-1), link.target.reshape(-1))
+            for link in self.links
+            if link.source.shape == link.target.shape and link.source.size > 1
+        ]
+        count = -1
+        while count != self.num_parts:
+            count = self.num_parts
+            for source, target in pairs:
+                for here, there in ((source, target), (target, source)):
+                    parts = np.where(here >= 0, self.part[here], -1)
+                    if np.all(parts == parts[0]):
+                        continue
+                    for number in np.unique(parts):
+                        self.tell_apart(there[parts == number])
+
     def is_open(self, ids: np.ndarray) -> bool:
         return bool(np.all(ids >= 0) and np.all(self.open[ids]))
 

@@ -40,11 +40,14 @@ class Acts(NamedTuple):
       labels: numbers of nodes, one array for each set of axes along which there are neurons; their axes are disjoint.
       is_input: an input as it came, up to a change of its shape: its neurons are yet to be found.
       values: the entries as a function of the neurons' values, on `scalars.GRID`; `None` where it is not known.
+      waiting: parameters that statistics without neurons were multiplied with (`scale / deviation`), for the neurons
+        that the product will be multiplied with.
     """
 
     labels: tuple[np.ndarray, ...] = ()
     is_input: bool = False
     values: np.ndarray | None = scalars.GRID
+    waiting: tuple[Window, ...] = ()
 
 
 Flow = Weights | Acts | None  # None: depends on neither
@@ -267,8 +270,10 @@ class Program:
     # -- neurons ------------------------------------------------------------------------------------------------------
 
     def flow(self, eqn: Any, operands: list[Value], words: list[Words]) -> list[Flow]:
-        name, flows = eqn.primitive.name, [value.flow for value in operands]
-        count = len(eqn.outvars)
+        name, count = eqn.primitive.name, len(eqn.outvars)
+        if name != "mul" and name not in _RESHAPES and name not in _CASTS:
+            operands = [self.met(value) for value in operands]
+        flows = [value.flow for value in operands]
         if all(flow is None for flow in flows):
             return [None] * count
         if name in rules._SIDE_BY_SIDE:
@@ -292,18 +297,30 @@ class Program:
         if isinstance(flow, Acts):
             old = flow.labels
             if name in _SUMS:
-                # The sum of a softmax is part of it; other sums see the activation if they leave the neurons apart.
-                softmax = flow.values is not None and scalars.is_exponential(flow.values)
-                old = tuple(ids for ids in old if not softmax and _moved_ids(eqn, ids) is not None)
-                old = self.settled(operands[0]) if old else ()
+                # A sum over neurons is a statistic, that of a softmax is part of it; other sums see the activation.
+                if flow.values is not None and scalars.is_exponential(flow.values):
+                    old = ()
+                elif all(_moved_ids(eqn, ids) is not None for ids in old):
+                    old = self.settled(operands[0])
             labels = tuple(ids for ids in (_moved_ids(eqn, ids) for ids in old) if ids is not None)
             if name in _SUMS:
                 flow = Acts(labels)
             for ids in labels:
                 if name in ("slice", "gather", "dynamic_slice"):
                     self.neurons.tell_apart(ids)
-            return [Acts(labels, flow.is_input and not labels and name in _RESHAPES, flow.values)] * count
+            is_input = flow.is_input and not labels and name in _RESHAPES
+            return [Acts(labels, is_input, flow.values, _moved_windows(eqn, flow.waiting, shape))] * count
         return [Acts() if any(isinstance(f, Acts) for f in flows) else Weights()] * count
+
+    def met(self, value: Value) -> Value:
+        """The array with what waits for neurons given neurons of its own."""
+        if not isinstance(value.flow, Acts) or not value.flow.waiting:
+            return value
+        shape = tuple(map(_size, value.words))
+        labels = list(value.flow.labels)
+        for window in value.flow.waiting:
+            labels = self.weighted(labels, window, "mul", value.words, shape, False)
+        return value._replace(flow=Acts(tuple(labels)))
 
     def settled(self, value: Value, *, name: str | None = None) -> tuple[np.ndarray, ...]:
         """The neurons that an array holds the values of, their activation included."""
@@ -314,14 +331,17 @@ class Program:
         if name == "none":
             return flow.labels
         shape = tuple(_size(word) for word in value.words)
-        labels = []
-        for ids in flow.labels:
+        # An array may have neurons along several axes; the newest are those that the function was applied to.
+        newest = max(range(len(flow.labels)), key=lambda i: int(flow.labels[i].max()), default=None)
+        labels = list(flow.labels)
+        if newest is not None:
+            ids = labels[newest]
             nodes = ids[ids >= 0]
             if not all(self.neurons.activation[i] == name for i in nodes.reshape(-1).tolist()):
                 if not self.neurons.is_open(nodes):
                     ids = self.after(ids, value.words, shape, name)
                 self.neurons.activate(ids, name)
-            labels.append(ids)
+            labels[newest] = ids
         return tuple(labels)
 
     def after(
@@ -339,13 +359,22 @@ class Program:
         windows = [
             broadcast(w, shape, range(len(shape)), tuple(map(_size, value.words)))
             for value in full
-            if isinstance(value.flow, Weights)
-            for w in value.flow.windows
+            for w in _windows_of(value.flow)
         ]
         weighted = any(isinstance(value.flow, Weights) for value in operands)
         if not acts:
             return Weights(tuple(windows)) if weighted else None
         labelled = [(value, flow) for value, flow in acts if flow.labels]
+        if (
+            windows
+            and (name in _CASTS or name == "mul")
+            and len(labelled) <= 1
+            and not any(f.is_input for _, f in acts)
+        ):
+            apart = labelled[0][1].labels if labelled else ()
+            places = {axis for ids in apart for axis in axes_of(ids)}
+            if not any(window.varies(axis) for window in windows for axis in (places or ())) and not _has_one(apart):
+                return Acts(apart, waiting=tuple(windows))
         if not labelled and not windows:
             return Acts(is_input=len(acts) == 1 and acts[0][1].is_input and not weighted)
         together = len(labelled) == len(acts) and all(_same_labels(acts[0][1], flow) for _, flow in acts)
@@ -718,8 +747,19 @@ class Program:
         return results
 
 
+_CASTS = frozenset(("convert_element_type", "copy", "reduce_precision", "stop_gradient"))
 _SUMS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_sum", "cumsum"))
 _RESHAPES = frozenset(("reshape", "transpose", "squeeze", "broadcast_in_dim", "rev", "pad"))
+
+
+def _has_one(labels: Sequence[np.ndarray]) -> bool:
+    return any(ids.size == 1 for ids in labels)
+
+
+def _windows_of(flow: Flow) -> tuple[Window, ...]:
+    if isinstance(flow, Weights):
+        return flow.windows
+    return flow.waiting if isinstance(flow, Acts) else ()
 
 
 def _same_labels(a: Acts, b: Acts) -> bool:

@@ -175,6 +175,9 @@ def test_linen(name):
     spec, params = check(model.apply, params, inputs, free=free, tolerance=1e-4 if name == "SIREN" else 1e-5)
     again = ngjax.to_params(spec, ngjax.to_groups(spec, params))
     jax.tree.map(np.testing.assert_array_equal, again, params)
+    # Something feeds every hidden neuron, but for the state that a recurrent network starts with.
+    fed = {edges.target for edges in spec.edge_groups}
+    assert all(g.name in fed or g.name.startswith("state") for g in spec.node_groups if g.role != "input")
 
 
 def test_llama():

@@ -19,6 +19,7 @@ from ngjax.nn import (
 from ngjax.spec import NeuralGraphSpec
 from ngjax.symmetry import permute_params, random_permutations
 from ngjax.trace import trace_spec
+from ngjax.verify import SymmetryReport, check_symmetry
 from ngjax.version import __version__
 
 __all__ = [
@@ -30,12 +31,14 @@ __all__ = [
     "GroupedGraph",
     "NeuralGraphSpec",
     "ParamsReadout",
+    "SymmetryReport",
     "WeightSpaceModel",
     "WeightStatistics",
     "__version__",
     "batch_graphs",
     "budget_for",
     "check_params",
+    "check_symmetry",
     "infer_spec",
     "load_model",
     "mlp_spec",

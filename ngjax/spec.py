@@ -563,6 +563,17 @@ def path_keys(path: Path) -> tuple[Any, ...]:
     return tuple(step.key for step in path)
 
 
+def repeated_param(params: Sequence[ParamSpec], path: Path, shape: Sequence[int]) -> int | None:
+    """The number of the parameter that an output of a function is again: new running statistics, an update.
+
+    It has the output's shape, and its path is the output's or the last part of it (behind the place in a tuple).
+    """
+    numbers = {path_keys(param.path): i for i, param in enumerate(params)}
+    keys = path_keys(path)
+    found = next((numbers[keys[i:]] for i in range(len(keys)) if keys[i:] in numbers), None)
+    return found if found is not None and params[found].shape == tuple(shape) else None
+
+
 def _summary(plain_paths: Iterable[tuple[Any, ...]]) -> str:
     return _shortened(["/".join(map(str, plain)) for plain in plain_paths])
 

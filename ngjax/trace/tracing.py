@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngjax.spec import NeuralGraphSpec, ParamSpec, flatten_with_path, format_path, path_keys
+from ngjax.spec import NeuralGraphSpec, ParamSpec, flatten_with_path, format_path, path_keys, repeated_param
 from ngjax.trace.assemble import assemble
 from ngjax.trace.axes import letter, pin, unify
 from ngjax.trace.program import Acts, Program, Value, Weights
@@ -96,8 +96,7 @@ def trace_spec(
     input_values = values[len(words) :]
     results = program.run(closed.jaxpr, closed.consts, values)
     _outputs(results, out_shapes, specs, words, input_values, flat_inputs, carried)
-    unused = {i for i, var in enumerate(closed.jaxpr.invars[: len(words)]) if not _is_used(closed.jaxpr, var)}
-    for i in unused:
+    for i in _unused(closed.jaxpr, len(words)):
         for word in words[i]:
             pin(word, "used by no equation")
     labels = [ids for value in results if isinstance(value.flow, Acts) for ids in value.flow.labels]
@@ -107,8 +106,10 @@ def trace_spec(
     return assemble(program, specs, homes, labels, treedef if static else None)
 
 
-def _is_used(jaxpr: Any, var: Any) -> bool:
-    return any(atom is var for eqn in jaxpr.eqns for atom in eqn.invars) or any(atom is var for atom in jaxpr.outvars)
+def _unused(jaxpr: Any, count: int) -> list[int]:
+    """Numbers of the first operands that no equation and no result names."""
+    used = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars} | {id(atom) for atom in jaxpr.outvars}
+    return [i for i, var in enumerate(jaxpr.invars[:count]) if id(var) not in used]
 
 
 def _outputs(
@@ -122,15 +123,14 @@ def _outputs(
 ) -> None:
     """Outputs keep their order, except those that are the parameters or a state again."""
     pairs, _ = flatten_with_path(shapes)
-    by_path = {path_keys(spec.path): i for i, spec in enumerate(specs)}
     starts = np.cumsum([0, *map(len, flat_inputs)])
     state: dict[int, list[Words]] = {
         out: [value.words for value in inputs[starts[number] : starts[number + 1]]] for number, out in carried.items()
     }
     for (path, shape), value in zip(pairs, results, strict=True):
         keys = path_keys(path)
-        same = _leaf_of(keys, by_path)
-        if same is not None and specs[same].shape == tuple(shape.shape):
+        same = repeated_param(specs, path, shape.shape)
+        if same is not None:
             for a, b in zip(value.words, words[same], strict=True):
                 unify(a, b, "output")
         elif keys and keys[0] in state and state[keys[0]]:
@@ -139,11 +139,3 @@ def _outputs(
         else:
             for word in value.words:
                 pin(word, "output")
-
-
-def _leaf_of(keys: tuple[Any, ...], by_path: dict[tuple[Any, ...], int]) -> int | None:
-    """The parameter with this path, or whose path ends with the path or begins the other way round."""
-    for start in range(len(keys)):
-        if keys[start:] in by_path:
-            return by_path[keys[start:]]
-    return None

@@ -12,8 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ngjax.actions import AxisAction, concat, fixed, orbits, permutation, product, stack
-from ngjax.spec import EdgeGroup, NeuralGraphSpec, NodeGroup, NodeLayout, ParamSpec, ParamView, Role, param_view
+from ngjax.actions import AxisAction, concat, fixed, is_free, orbits, permutation, product, stack
+from ngjax.spec import (
+    EdgeGroup,
+    NeuralGraphSpec,
+    NodeGroup,
+    NodeLayout,
+    ParamSpec,
+    ParamView,
+    Role,
+    format_path,
+    param_view,
+)
 from ngjax.trace.axes import Letter, Uniform, Word, collapse, find, is_pinned, is_uniform, pin, places, resolve
 from ngjax.trace.neurons import Link, Neurons, restricted
 from ngjax.trace.program import Contraction, Program
@@ -31,7 +41,6 @@ class Piece:
     nodes: np.ndarray
     word: Word
     activation: str
-    is_input: bool
     bias: ParamView | None = None
     level: int = 0
 
@@ -69,11 +78,12 @@ def assemble(
       outputs: numbers of the neurons that make up the results.
       treedef: of the parameters.
     """
-    program.neurons.refine()
-    pieces, piece_of, rank = _pieces(program.neurons)
-    edges = [e for link in program.neurons.links for e in _edges(link, params, pieces, piece_of, rank)]
+    neurons = program.layers.neurons
+    neurons.refine()
+    pieces, piece_of, rank = _pieces(neurons)
+    edges = [e for link in neurons.links for e in _edges(link, params, pieces, piece_of, rank)]
     edges = list(dict.fromkeys(edges))
-    biases = [b for window, ids in program.neurons.biases for b in _biases(window, ids, params, pieces, piece_of, rank)]
+    biases = [b for window, ids in neurons.biases for b in _biases(window, ids, params, pieces, piece_of, rank)]
     kept_edges, loose = _homes(params, words, pieces, edges, biases)
     for i in sorted(loose):
         for word in words[i]:
@@ -118,22 +128,21 @@ def _pieces(neurons: Neurons) -> tuple[list[Piece], np.ndarray, np.ndarray]:
             name = group.name if not used[group.name] else f"{group.name}.{used[group.name]}"
             used[group.name] += 1
             activation = neurons.activation[int(nodes[0])]
-            pieces.append(Piece(name, nodes, restricted(group.word, mask), activation, group.is_input))
+            pieces.append(Piece(name, nodes, restricted(group.word, mask), activation))
     return pieces, piece_of, rank
 
 
 def _groups(
     pieces: Sequence[Piece], edges: Sequence[tuple[Edges, bool]], outputs: set[int], actions: _Actions, params: Any
 ) -> tuple[tuple[NodeGroup, ...], tuple[EdgeGroup, ...]]:
-    real = [(e, mirror) for e, mirror in edges if e.source != e.target]
-    _levels(pieces, [(e.source, e.target) for e, mirror in real if not mirror])
+    _levels(pieces, [(e.source, e.target) for e, mirror in edges if not mirror and e.source != e.target])
     outgoing, incoming = {e.source for e, _ in edges}, {e.target for e, _ in edges}
     ids = [actions.of(piece.word, len(piece.nodes)) for piece in pieces]
     made: list[tuple[int, int, int, NodeGroup]] = []
     for i, (piece, id) in enumerate(zip(pieces, ids, strict=True)):
         if i not in outgoing and i not in incoming and piece.bias is None:
             continue
-        free = actions.is_free(id)
+        free = is_free(actions.by_id, id)
         role: Role = "hidden"
         if not free and i not in incoming and piece.bias is None:
             role = "input"
@@ -151,7 +160,7 @@ def _groups(
         if edge.view is None:
             name = f"{source}->{target}"
         else:
-            name = "/".join(str(step.key) for step in params[edge.view.param].path)
+            name = format_path(params[edge.view.param].path)
         names[name] += 1
         unique = name if names[name] == 1 else f"{name}.{names[name] - 1}"
         layouts = edge.source_layout, edge.target_layout
@@ -362,7 +371,6 @@ def _biases(
     piece_of: np.ndarray,
     rank: np.ndarray,
 ) -> Iterator[tuple[int, ParamView]]:
-    link = Link(np.zeros([1] * ids.ndim, np.int64), ids, window)
     keys = [_along(piece_of[ids], axis, n)[:, None] for axis, n in enumerate(ids.shape)]
     for box in all_pieces(keys):
         part = _part(piece_of[ids], box)
@@ -388,7 +396,7 @@ def _biases(
                 continue
             if _layout([], targets, [f.target for f in targets], len(pieces[piece].nodes)) is False:
                 continue
-            view = _view(link.window.param, params, offset, [], [], targets, [])  # type: ignore[union-attr]
+            view = _view(window.param, params, offset, [], [], targets, [])
             if view is not None:
                 yield piece, view
 
@@ -416,16 +424,14 @@ def _homes(
         covered[view.param] += math.prod(map(len, own))
         return True
 
-    taken = []
     for piece, view in biases:
         if pieces[piece].bias is None and claim(view):
             pieces[piece].bias = view
-            taken.append(view.param)
     kept = [(edge, edge.view is not None and not claim(edge.view)) for edge in edges]
     for i, param in enumerate(params):
         if 0 < covered[i] < math.prod(param.shape):
             rest = _unread_rows(i, param, words[i], pieces, [edge for edge, mirror in kept if not mirror])
-            if rest is not None and claim(rest.view):  # type: ignore[arg-type]
+            if rest is not None and rest.view is not None and claim(rest.view):
                 kept.append((rest, False))
     loose = {i for i, param in enumerate(params) if param.is_floating and covered[i] != math.prod(param.shape)}
     for own in pieces:
@@ -450,7 +456,7 @@ def _unread_rows(i: int, param: ParamSpec, words: Words, pieces: list[Piece], ed
     rows = param.shape[axis] - start
     word = restricted(words[axis], np.arange(param.shape[axis]) >= start)
     pin(word, "not read")
-    pieces.append(Piece(f"{pieces[found[0].source].name}.unread", np.arange(rows), word, "none", True))
+    pieces.append(Piece(f"{pieces[found[0].source].name}.unread", np.arange(rows), word, "none"))
     rest = view._replace(
         starts=tuple(start if a == axis else n for a, n in enumerate(view.starts)),
         sizes=tuple(rows if a == axis else n for a, n in enumerate(view.sizes)),
@@ -510,8 +516,7 @@ def _dependencies(arrays: Sequence[Words], contractions: Sequence[Contraction]) 
             for word in words:
                 for root in _stacks(word):
                     here = sum((places(other) for other in words), Counter[Letter]())
-                    assert root.along is not None
-                    if root.slices is not None and here[find(root.along)] != 1:
+                    if root.slices is not None and here[find(_along_of(root))] != 1:
                         collapse(root, "scan")
                         changed = True
     allowed: dict[Letter, set[Letter]] = {}
@@ -545,7 +550,7 @@ def _summed(item: Contraction) -> Words:
 def _each_place(words: Words) -> Iterable[Words]:
     for word in words:
         for root in _stacks(word):
-            along = find(root.along)  # type: ignore[arg-type]
+            along = find(_along_of(root))
             for i in range(along.size):
                 yield from _each_place(tuple(_at(other, along, i) for other in words))
             return
@@ -586,7 +591,7 @@ def _letter_names(pieces: Sequence[Piece], params: Sequence[ParamSpec], words: S
         for i, item in enumerate(found):
             names.setdefault(item, piece.name if len(found) == 1 else f"{piece.name}[{i}]")
     for param, axes in zip(params, words, strict=True):
-        path = "/".join(str(step.key) for step in param.path)
+        path = format_path(param.path)
         for axis, word in enumerate(axes):
             for item in _plain(word):
                 names.setdefault(item, f"{path}:{axis}")
@@ -613,10 +618,6 @@ class _Actions:
     @property
     def made(self) -> list[AxisAction]:
         return list(self.by_id.values())
-
-    def is_free(self, id: str) -> bool:
-        action = self.by_id[id]
-        return action.kind == "permutation" or any(map(self.is_free, action.parts))
 
     def of(self, word: Word, size: int) -> str:
         factors = resolve(word)
@@ -653,8 +654,8 @@ class _Actions:
             parts = [self.by_id[id] for id in ids]
             return self.add(concat(self.unique("+".join(ids)[:60]), parts))
         if factor.slices is not None:
-            assert factor.along is not None
-            along = self.by_id[self.of((find(factor.along),), factor.along.size)]
+            base = find(_along_of(factor))
+            along = self.by_id[self.of((base,), base.size)]
             ids = [self.of(part, size) for part in factor.slices]
             return self.add(stack(self.unique(f"stack({ids[0]})"[:60]), [self.by_id[id] for id in ids], per=along))
         per = [self.by_id[self.of((item,), item.size)] for item in self.per.get(factor, ())]

@@ -252,7 +252,7 @@ def split(factor: Factor, outer: int) -> tuple[Word, Word] | None:
             root.factors = (*pair[0], *pair[1])
         return pair
     if root.slices is not None:
-        halves = [_split_word(part, outer) for part in root.slices]
+        halves = [split_word(part, outer) for part in root.slices]
         if any(half is None for half in halves):
             return None
         made = []
@@ -268,7 +268,7 @@ def split(factor: Factor, outer: int) -> tuple[Word, Word] | None:
         return None
     rows, row = [], uniform(inner)
     for part in root.parts:
-        halves_of_part = _split_word(part, size_of(part) // inner)
+        halves_of_part = split_word(part, size_of(part) // inner)
         if halves_of_part is None:
             return None
         rows.append(halves_of_part[0])
@@ -278,7 +278,8 @@ def split(factor: Factor, outer: int) -> tuple[Word, Word] | None:
     return whole, row
 
 
-def _split_word(word: Word, outer: int) -> tuple[Word, Word] | None:
+def split_word(word: Word, outer: int) -> tuple[Word, Word] | None:
+    """A word as the product of two, the outer of size `outer`; `None` where its factors do not allow it."""
     left: list[Factor] = []
     right = list(resolve(word))
     while outer > 1:

@@ -11,10 +11,11 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from ngjax.trace.axes import Uniform, Word, is_pinned, join, letter, pin, resolve, size_of
+from ngjax.trace.axes import Uniform, Word, join, letter, pin, resolve, size_of
 from ngjax.trace.weights import Window
 
 
@@ -26,7 +27,6 @@ class Group:
     start: int
     size: int
     word: Word
-    is_input: bool
 
 
 @dataclasses.dataclass
@@ -40,6 +40,17 @@ class Link:
     target: np.ndarray
     window: Window | None = None
     constant: float = 1.0
+
+
+class Snapshot(NamedTuple):
+    """How much there was of what is only added to, and what changes as it was."""
+
+    groups: int
+    links: int
+    biases: int
+    open: np.ndarray
+    biased: np.ndarray
+    part: np.ndarray
 
 
 @dataclasses.dataclass
@@ -71,7 +82,7 @@ class Neurons:
         if not word:
             word = letter(size, "size one")
         start = self.size
-        self.groups.append(Group(name, start, size, word, is_input and is_pinned(word)))
+        self.groups.append(Group(name, start, size, word))
         self.open = np.concatenate([self.open, np.full(size, not is_input)])
         self.biased = np.concatenate([self.biased, np.zeros(size, bool)])
         self.activation += ["none"] * size
@@ -136,17 +147,15 @@ class Neurons:
         self.biases.append((window, ids))
         self.biased[ids] = True
 
-    def snapshot(self) -> tuple[int, int, int, int]:
-        return len(self.groups), len(self.links), len(self.biases), self.size
+    def snapshot(self) -> Snapshot:
+        lengths = len(self.groups), len(self.links), len(self.biases)
+        return Snapshot(*lengths, self.open.copy(), self.biased.copy(), self.part.copy())
 
-    def restore(self, state: tuple[int, int, int, int], saved: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        """Forgets what was added since; `saved` are open, biased and part as they were."""
-        groups, links, biases, size = state
-        del self.groups[groups:], self.starts[groups:], self.links[links:], self.biases[biases:], self.activation[size:]
-        self.open, self.biased, self.part = (array.copy() for array in saved)
-
-    def state(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.open.copy(), self.biased.copy(), self.part.copy()
+    def restore(self, saved: Snapshot) -> None:
+        """Forgets what was added since."""
+        del self.groups[saved.groups :], self.starts[saved.groups :]
+        del self.links[saved.links :], self.biases[saved.biases :], self.activation[len(saved.part) :]
+        self.open, self.biased, self.part = saved.open, saved.biased, saved.part
 
 
 def restricted(word: Word, mask: np.ndarray) -> Word:

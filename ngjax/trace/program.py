@@ -1,9 +1,8 @@
-"""Follows a jaxpr: how the axes of every array move, and which neurons and weights its entries belong to."""
+"""Follows a jaxpr, its calls, loops and branches included: how the axes of every array move, and what they hold."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,54 +10,14 @@ import jax.extend.core as jex
 import numpy as np
 
 from ngjax.trace import rules, scalars
-from ngjax.trace.axes import Letter, Word, find, letter, slices_of, uniform, unify, with_letters
-from ngjax.trace.neurons import Neurons
+from ngjax.trace.axes import Letter, find, letter, size_of, slices_of, uniform, unify, with_letters
+from ngjax.trace.layers import Acts, Flow, Layers, Value, Weights
 from ngjax.trace.rules import Words
 from ngjax.trace.weights import (
-    Window,
     axes_of,
-    broadcast,
-    reshape_ids,
-    reshaped,
-    shifted,
     sliced,
     squeezed,
-    transposed,
 )
-
-
-class Weights(NamedTuple):
-    """An array made of parameters alone; `windows` are those entries that can be told."""
-
-    windows: tuple[Window, ...] = ()
-
-
-class Acts(NamedTuple):
-    """An array that depends on the inputs.
-
-    Attributes:
-      labels: numbers of nodes, one array for each set of axes along which there are neurons; their axes are disjoint.
-      is_input: an input as it came, up to a change of its shape: its neurons are yet to be found.
-      values: the entries as a function of the neurons' values, on `scalars.GRID`; `None` where it is not known.
-      waiting: parameters that statistics without neurons were multiplied with (`scale / deviation`), for the neurons
-        that the product will be multiplied with.
-    """
-
-    labels: tuple[np.ndarray, ...] = ()
-    is_input: bool = False
-    values: np.ndarray | None = scalars.GRID
-    waiting: tuple[Window, ...] = ()
-
-
-Flow = Weights | Acts | None  # None: depends on neither
-
-
-class Value(NamedTuple):
-    """What is known of an array; `number` is a constant that is the same everywhere."""
-
-    words: Words
-    flow: Flow = None
-    number: Any = None
 
 
 class Equation(NamedTuple):
@@ -79,10 +38,9 @@ class Contraction(NamedTuple):
 
 @dataclasses.dataclass
 class Program:
-    """What was seen on the way. `names` are those of the parameters, for the groups they make."""
+    """What was seen on the way."""
 
-    names: Sequence[str]
-    neurons: Neurons = dataclasses.field(default_factory=Neurons)
+    layers: Layers
     arrays: list[Words] = dataclasses.field(default_factory=list)
     contractions: list[Contraction] = dataclasses.field(default_factory=list)
 
@@ -124,7 +82,7 @@ class Program:
         self.record_sums(eqn, operands)
         if all(value.flow is None for value in operands):
             return [Value(w, None, _number(eqn, operands)) for w in words]
-        return [Value(w, f) for w, f in zip(words, self.flow(eqn, operands, words), strict=True)]
+        return [Value(w, f) for w, f in zip(words, self.layers.flows(eqn, operands, words), strict=True)]
 
     def record_sums(self, eqn: Any, operands: list[Value]) -> None:
         """What a sum reads together, and what it leaves of each operand.
@@ -186,16 +144,7 @@ class Program:
         along = find(along)
         if length > 1 and any(isinstance(value.flow, Weights) for value in stacked):
             return self.unrolled(eqn, consts, carry, stacked, along)
-        first = [
-            Value(value.words[1:], value.flow if isinstance(value.flow, Acts) else None)
-            if not isinstance(value.flow, Weights)
-            else Value(value.words[1:], _sliced_weights(value.flow, 0))
-            for value in stacked
-        ]
-        first = [
-            Value(v.words, _without_axis(s.flow)) if isinstance(v.flow, Acts) else v
-            for v, s in zip(first, stacked, strict=True)
-        ]
+        first = [Value(value.words[1:], _at(value.flow, 0)) for value in stacked]
 
         def step(carry: list[Value]) -> list[Value]:
             return self.run(*_opened(params["jaxpr"]), [*consts, *carry, *first])
@@ -215,7 +164,8 @@ class Program:
 
         start = [value.flow if isinstance(value.flow, Acts) else Acts() for value in carry]
         # Once to see where neurons are in what is carried, then with a group for them.
-        state, saved = self.neurons.snapshot(), self.neurons.state()
+        neurons = self.layers.neurons
+        saved = neurons.snapshot()
         results = step(with_flows(start))
         for word, value in zip(words, results[:m], strict=True):
             for a, b in zip(word, value.words, strict=True):
@@ -226,13 +176,15 @@ class Program:
             if not flow.labels and isinstance(value.flow, Acts) and value.flow.labels
         ]
         if unlabelled:
-            shapes = [tuple(_size(w) for w in word) for word in words]
-            self.neurons.restore(state, saved)
+            shapes = [tuple(size_of(w) for w in word) for word in words]
+            neurons.restore(saved)
             for i in unlabelled:
                 flow = results[i].flow
                 assert isinstance(flow, Acts)
                 labels = tuple(
-                    self.neurons.new(words[i], shapes[i], axes_of(ids), "state") for ids in flow.labels if ids.size > 1
+                    self.layers.neurons.new(words[i], shapes[i], axes_of(ids), "state")
+                    for ids in flow.labels
+                    if ids.size > 1
                 )
                 start[i] = Acts(labels)
             results = step(with_flows(start))
@@ -246,12 +198,7 @@ class Program:
         slices: list[list[Value]] = []
         for value in stacked:
             columns = [slices_of(word, along) for word in value.words[1:]]
-            each = []
-            for i in range(along.size):
-                words = tuple(column[i] for column in columns)
-                flow = _sliced_weights(value.flow, i) if isinstance(value.flow, Weights) else _without_axis(value.flow)
-                each.append(Value(words, flow))
-            slices.append(each)
+            slices.append([Value(tuple(c[i] for c in columns), _at(value.flow, i)) for i in range(along.size)])
         order = range(along.size)
         rounds: dict[int, list[Value]] = {}
         for i in reversed(order) if eqn.params["reverse"] else order:
@@ -267,548 +214,20 @@ class Program:
             out.append(Value(((along,), *words), Acts() if isinstance(values[0].flow, Acts) else None))
         return carry + out
 
-    # -- neurons ------------------------------------------------------------------------------------------------------
 
-    def flow(self, eqn: Any, operands: list[Value], words: list[Words]) -> list[Flow]:
-        name, count = eqn.primitive.name, len(eqn.outvars)
-        if name != "mul" and name not in _RESHAPES and name not in _CASTS:
-            operands = [self.met(value) for value in operands]
-        flows = [value.flow for value in operands]
-        if all(flow is None for flow in flows):
-            return [None] * count
-        if name in rules._SIDE_BY_SIDE:
-            return list(flows)
-        shape = tuple(eqn.outvars[0].aval.shape)
-        if name in rules.ELEMENTWISE:
-            return [self.elementwise(eqn, operands, words[0], shape)] * count
-        if name == "dot_general":
-            return [self.product(eqn, operands, words[0], shape)]
-        if name == "conv_general_dilated":
-            return [self.convolution(eqn, operands, words[0], shape)]
-        if name == "gather" and isinstance(flows[0], Weights):
-            return [self.lookup(eqn, operands, words[0], shape)]
-        if name == "concatenate":
-            return [self.concatenation(eqn, operands, words[0], shape)]
-        if name == "split":
-            return self.splitting(eqn, operands)
-        flow = flows[0]
-        if isinstance(flow, Weights):
-            return [Weights(_moved_windows(eqn, flow.windows, shape))] * count
-        if isinstance(flow, Acts):
-            old = flow.labels
-            if name in _SUMS:
-                # A sum over neurons is a statistic, that of a softmax is part of it; other sums see the activation.
-                if flow.values is not None and scalars.is_exponential(flow.values):
-                    old = ()
-                elif all(_moved_ids(eqn, ids) is not None for ids in old):
-                    old = self.settled(operands[0])
-            labels = tuple(ids for ids in (_moved_ids(eqn, ids) for ids in old) if ids is not None)
-            if name in _SUMS:
-                flow = Acts(labels)
-            for ids in labels:
-                if name in ("slice", "gather", "dynamic_slice"):
-                    self.neurons.tell_apart(ids)
-            is_input = flow.is_input and not labels and name in _RESHAPES
-            return [Acts(labels, is_input, flow.values, _moved_windows(eqn, flow.waiting, shape))] * count
-        return [Acts() if any(isinstance(f, Acts) for f in flows) else Weights()] * count
-
-    def met(self, value: Value) -> Value:
-        """The array with what waits for neurons given neurons of its own."""
-        if not isinstance(value.flow, Acts) or not value.flow.waiting:
-            return value
-        shape = tuple(map(_size, value.words))
-        labels = list(value.flow.labels)
-        for window in value.flow.waiting:
-            labels = self.weighted(labels, window, "mul", value.words, shape, False)
-        return value._replace(flow=Acts(tuple(labels)))
-
-    def settled(self, value: Value, *, name: str | None = None) -> tuple[np.ndarray, ...]:
-        """The neurons that an array holds the values of, their activation included."""
-        flow = value.flow
-        assert isinstance(flow, Acts)
-        if name is None:
-            name = "other" if flow.values is None else scalars.name_of(flow.values)
-        if name == "none":
-            return flow.labels
-        shape = tuple(_size(word) for word in value.words)
-        # An array may have neurons along several axes; the newest are those that the function was applied to.
-        newest = max(range(len(flow.labels)), key=lambda i: int(flow.labels[i].max()), default=None)
-        labels = list(flow.labels)
-        if newest is not None:
-            ids = labels[newest]
-            nodes = ids[ids >= 0]
-            if not all(self.neurons.activation[i] == name for i in nodes.reshape(-1).tolist()):
-                if not self.neurons.is_open(nodes):
-                    ids = self.after(ids, value.words, shape, name)
-                self.neurons.activate(ids, name)
-            labels[newest] = ids
-        return tuple(labels)
-
-    def after(
-        self, ids: np.ndarray, words: Words, shape: Sequence[int], name: str, window: Window | None = None
-    ) -> np.ndarray:
-        """A new group, one to one after the neurons in `ids`."""
-        made = self.neurons.new(words, shape, axes_of(ids), name)
-        self.neurons.link(ids, made, window)
-        return made
-
-    def elementwise(self, eqn: Any, operands: list[Value], words: Words, shape: tuple[int, ...]) -> Flow:
-        name = eqn.primitive.name
-        acts = [(value, value.flow) for value in operands if isinstance(value.flow, Acts)]
-        full = [value for value in operands if len(value.words) == len(shape)]
-        windows = [
-            broadcast(w, shape, range(len(shape)), tuple(map(_size, value.words)))
-            for value in full
-            for w in _windows_of(value.flow)
-        ]
-        weighted = any(isinstance(value.flow, Weights) for value in operands)
-        if not acts:
-            return Weights(tuple(windows)) if weighted else None
-        labelled = [(value, flow) for value, flow in acts if flow.labels]
-        if (
-            windows
-            and (name in _CASTS or name == "mul")
-            and len(labelled) <= 1
-            and not any(f.is_input for _, f in acts)
-        ):
-            apart = labelled[0][1].labels if labelled else ()
-            places = {axis for ids in apart for axis in axes_of(ids)}
-            if not any(window.varies(axis) for window in windows for axis in (places or ())) and not _has_one(apart):
-                return Acts(apart, waiting=tuple(windows))
-        if not labelled and not windows:
-            return Acts(is_input=len(acts) == 1 and acts[0][1].is_input and not weighted)
-        together = len(labelled) == len(acts) and all(_same_labels(acts[0][1], flow) for _, flow in acts)
-        if together and not weighted:
-            numbers = [value.flow.values if isinstance(value.flow, Acts) else value.number for value in operands]
-            constants = all(value.number is not None for value in operands if value.flow is None)
-            result = scalars.evaluate(eqn, numbers) if constants else acts[0][1].values
-            return Acts(acts[0][1].labels, values=result)
-        if len(labelled) == 1 and not windows:
-            # Statistics, masks, gates without neurons of their own: the neurons stay.
-            ((value, flow),) = labelled
-            values = flow.values
-            if values is not None and scalars.name_of(values) == "none":
-                return flow
-            softmax = name == "div" and values is not None and scalars.is_exponential(values)
-            return Acts(self.settled(value, name="softmax" if softmax else None))
-        labels: list[np.ndarray] = []
-        for i, value in enumerate(operands):
-            if isinstance(value.flow, Acts):
-                for ids in self.settled(value):
-                    labels = self.joined(labels, ids, -1.0 if name == "sub" and i == 1 else 1.0, name, words, shape)
-        is_input = not labels and len(acts) == 1 and acts[0][1].is_input
-        for window in windows:
-            labels = self.weighted(labels, window, name, words, shape, is_input)
-        return Acts(tuple(labels))
-
-    def joined(
-        self, labels: list[np.ndarray], ids: np.ndarray, sign: float, name: str, words: Words, shape: Sequence[int]
-    ) -> list[np.ndarray]:
-        """Adds neurons of one more operand to those of the others."""
-        axes = set(axes_of(ids))
-        near = [i for i, other in enumerate(labels) if axes & set(axes_of(other)) or other.size == ids.size == 1]
-        if not near:
-            return [*labels, ids]
-        if len(near) == 1 and np.array_equal(labels[near[0]], ids):
-            return labels
-        others = [labels[i] for i in near]
-        rest = [other for i, other in enumerate(labels) if i not in near]
-        union = sorted(axes.union(*(axes_of(other) for other in others)))
-        everything = [*((other, 1.0) for other in others), (ids, sign)]
-        if name in ("add", "add_any", "sub"):
-            full = [x for x in everything if list(axes_of(x[0])) == union or x[0].size == 1]
-            full = [x for x in full if self.neurons.is_open(x[0]) and len(np.unique(x[0])) == x[0].size]
-            if full:
-                target = max(full, key=lambda x: int(x[0].max()))
-                if target[1] == 1.0:
-                    for source, factor in everything:
-                        if source is not target[0]:
-                            self.neurons.link(source, target[0], constant=factor)
-                    return [*rest, target[0]]
-        made = self.neurons.new(words, shape, union, name)
-        for source, factor in everything:
-            self.neurons.link(source, made, constant=factor)
-        return [*rest, made]
-
-    def weighted(
-        self,
-        labels: list[np.ndarray],
-        window: Window,
-        name: str,
-        words: Words,
-        shape: tuple[int, ...],
-        is_input: bool,
-    ) -> list[np.ndarray]:
-        """An operand of parameters meets the neurons: a bias, a scale, or a table with places along other axes."""
-        title = _layer(self.names[window.param])
-        varying = [axis for axis, n in enumerate(shape) if window.varies(axis) or (window.extent(axis) != n and n > 1)]
-        if not varying:
-            if len(labels) == 1 and labels[0].size == 1 and name in ("add", "sub", "add_any"):
-                return self.biased(labels, labels[0], window, title, words, shape)
-            return labels
-        overlaps = [len(set(varying) & set(axes_of(ids))) for ids in labels]
-        if not any(overlaps):
-            labels = [*labels, self.neurons.new(words, shape, varying, title, is_input=is_input)]
-            ids = labels[-1]
-        else:
-            ids = labels[int(np.argmax(overlaps))]
-        own = [axis for axis in varying if axis in axes_of(ids)]
-        outside = [axis for axis in varying if axis not in own]
-        covered = tuple(
-            slice(window.starts[axis], window.starts[axis] + window.extent(axis)) if axis in own else slice(None)
-            for axis in range(len(shape))
-        )
-        if name not in ("add", "sub", "add_any"):
-            made = self.neurons.new(words, shape, axes_of(ids), title)
-            self.neurons.link(ids[covered], made[covered], window)
-            rest = np.ones(ids.shape, bool)
-            rest[covered] = False
-            if rest.any():
-                self.neurons.link(np.where(rest, ids, -1), made)
-            return [made if other is ids else other for other in labels]
-        if not outside:
-            return self.biased(labels, ids, window, title, words, shape)
-        if not self.neurons.is_open(ids):
-            made = self.after(ids, words, shape, title)
-            labels, ids = [made if other is ids else other for other in labels], made
-        places = self.neurons.new(words, shape, outside, "positions", is_input=True)
-        self.neurons.link(places, ids, window)
-        return labels
-
-    def biased(
-        self, labels: list[np.ndarray], ids: np.ndarray, window: Window, title: str, words: Words, shape: Sequence[int]
-    ) -> list[np.ndarray]:
-        region = tuple(
-            slice(window.starts[axis], window.starts[axis] + window.extent(axis)) if n > 1 else slice(None)
-            for axis, n in enumerate(ids.shape)
-        )
-        part = ids[region]
-        distinct = len(np.unique(ids)) == ids.size
-        if not (distinct and self.neurons.is_open(ids) and not self.neurons.biased[part].any()):
-            made = self.after(ids, words, shape, title)
-            labels, ids, part = [made if other is ids else other for other in labels], made, made[region]
-        self.neurons.add_bias(window, part)
-        return labels
-
-    def product(self, eqn: Any, operands: list[Value], words: Words, shape: tuple[int, ...]) -> Flow:
-        flows = [value.flow for value in operands]
-        left, right, left_batch, right_batch = rules.contraction(eqn)
-        ranks = [len(value.words) for value in operands]
-        free = [
-            [i for i in range(ranks[0]) if i not in left + left_batch],
-            [i for i in range(ranks[1]) if i not in right + right_batch],
-        ]
-        # Places of the operands' axes in an index space: batch, free of the left, free of the right, contracted.
-        batch, total = len(left_batch), len(shape)
-        maps: list[dict[int, int]] = [{}, {}]
-        for i in range(batch):
-            maps[0][left_batch[i]] = maps[1][right_batch[i]] = i
-        for i, axis in enumerate(free[0]):
-            maps[0][axis] = batch + i
-        for i, axis in enumerate(free[1]):
-            maps[1][axis] = batch + len(free[0]) + i
-        for i in range(len(left)):
-            maps[0][left[i]] = maps[1][right[i]] = total + i
-        space = total + len(left)
-        sizes = list(shape) + [_size(operands[0].words[axis]) for axis in left]
-        all_words = list(words) + [operands[0].words[axis] for axis in left]
-
-        def spread(ids: np.ndarray, side: int) -> np.ndarray:
-            out = [1] * space
-            order = sorted(range(ids.ndim), key=lambda axis: maps[side][axis])
-            for axis in range(ids.ndim):
-                out[maps[side][axis]] = ids.shape[axis]
-            return ids.transpose(order).reshape(out)
-
-        def narrow(ids: np.ndarray) -> np.ndarray:
-            return ids.reshape(ids.shape[:total])
-
-        contracted = list(range(total, space))
-        if all(isinstance(flow, Acts) for flow in flows):
-            both = [self.settled(value) for value in operands]
-            return self.interaction(both, spread, narrow, all_words, shape, contracted)
-        if not any(isinstance(flow, Acts) for flow in flows):
-            return Weights() if any(isinstance(flow, Weights) for flow in flows) else None
-        side = 0 if isinstance(flows[0], Acts) else 1
-        acts, weights = flows[side], flows[1 - side]
-        assert isinstance(acts, Acts)
-        acts = acts._replace(labels=self.settled(operands[side]))
-        windows = weights.windows if isinstance(weights, Weights) else ()
-        if not isinstance(weights, Weights):  # a constant matrix: nothing to learn, and no neurons of its own
-            kept = [spread(ids, side) for ids in acts.labels if not varies(ids, (left, right)[side])]
-            return Acts(tuple(narrow(ids) for ids in kept))
-        labels = [spread(ids, side) for ids in acts.labels]
-        spread_windows = [_spread_window(window, maps[1 - side], sizes) for window in windows]
-        # What does not vary over the sum is a gain of the results (weight normalization).
-        moved = [w for w in spread_windows if any(w.varies(axis) for axis in contracted)] or spread_windows
-        gains = [w for w in spread_windows if w not in moved]
-        source, others = self.sources(labels, contracted, acts, all_words, sizes, moved)
-        if not moved:
-            return Acts(tuple(narrow(ids) for ids in others))
-        target_axes = [
-            axis
-            for axis in range(total)
-            if any(w.varies(axis) or (w.extent(axis) != sizes[axis] and sizes[axis] > 1) for w in moved)
-        ]
-        target = self.neurons.new(all_words, sizes, target_axes, _layer(self.names[moved[0].param]))
-        for window in moved:
-            self.neurons.link(*_covered(window, sizes, source, target))
-        results = [*(narrow(ids) for ids in others), narrow(target)]
-        for window in gains:
-            window = window._replace(axes=window.axes[:total], starts=window.starts[:total])
-            results = self.weighted(results, window, "mul", words, shape, False)
-        return Acts(tuple(results))
-
-    def sources(
-        self,
-        labels: list[np.ndarray],
-        contracted: list[int],
-        acts: Acts,
-        words: Sequence[Word],
-        sizes: Sequence[int],
-        windows: Sequence[Window],
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The neurons that a product with weights sums over, and those that it leaves alone."""
-        here = [ids for ids in labels if varies(ids, contracted)]
-        others = [ids for ids in labels if not varies(ids, contracted)]
-        if len(here) == 1:
-            (ids,) = here
-            # Weights that are the same at places where the neurons are not: one group for all those places.
-            shared = [
-                axis
-                for axis in axes_of(ids)
-                if axis not in contracted and not any(window.varies(axis) for window in windows)
-            ]
-            if not shared:
-                return ids, others
-            made = self.neurons.new(words, sizes, [a for a in axes_of(ids) if a not in shared], "shared")
-            self.neurons.link(ids, made)
-            return made, others
-        size_one = [ids for ids in labels if ids.size == 1]
-        if all(sizes[axis] == 1 for axis in contracted) and size_one:
-            return size_one[0], [ids for ids in labels if ids is not size_one[0]]
-        batch = [axis for axis in range(len(sizes)) if axis not in contracted and any(w.varies(axis) for w in windows)]
-        batch = [axis for axis in batch if any(axis in axes_of(ids) for ids in labels)]
-        if here:
-            made = self.neurons.new(words, sizes, contracted, "sum")
-            for ids in here:
-                self.neurons.link(ids, made)
-            return made, others
-        name = "input" if acts.is_input else "positions"
-        return self.neurons.new(words, sizes, contracted, name, is_input=True), others
-
-    def interaction(
-        self,
-        settled: Sequence[Sequence[np.ndarray]],
-        spread: Callable[[np.ndarray, int], np.ndarray],
-        narrow: Callable[[np.ndarray], np.ndarray],
-        words: Sequence[Word],
-        shape: Sequence[int],
-        contracted: Sequence[int],
-    ) -> Flow:
-        """A product of two arrays that both depend on the inputs: attention scores, mixing by them."""
-        labels = [spread(ids, side) for side in range(2) for ids in settled[side]]
-        axes = sorted({axis for ids in labels for axis in axes_of(ids) if axis < len(shape)})
-        if not axes:
-            return Acts()
-        sizes = list(shape) + [1] * len(contracted)
-        target = self.neurons.new(words, sizes, axes, "product")
-        for ids in labels:
-            if any(axis in axes for axis in axes_of(ids)):
-                self.neurons.link(ids, target)
-        return Acts((narrow(target),))
-
-    def convolution(self, eqn: Any, operands: list[Value], words: Words, shape: tuple[int, ...]) -> Flow:
-        x, kernel = operands
-        if not isinstance(x.flow, Acts) or not isinstance(kernel.flow, Weights) or not kernel.flow.windows:
-            return Acts() if any(isinstance(v.flow, Acts) for v in operands) else Weights()
-        numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-        features, (out, into, *taps) = numbers.lhs_spec[1], numbers.rhs_spec
-        count = eqn.invars[0].aval.shape[features]
-        kernel_shape = eqn.invars[1].aval.shape
-        here = [ids for ids in self.settled(x) if features in axes_of(ids) or (ids.size == 1 and count == 1)]
-        if here:
-            ids = here[0]
-            if any(axis != features for axis in axes_of(ids)):
-                made = self.neurons.new(x.words, eqn.invars[0].aval.shape, (features,), "shared")
-                self.neurons.link(ids, made)
-                ids = made
-        else:
-            ids = self.neurons.new(x.words, eqn.invars[0].aval.shape, (features,), "input", is_input=True)
-        rows = ids.reshape(groups, count // groups)
-        source = np.repeat(rows.T, kernel_shape[out] // groups, axis=1)  # [into, out]
-        if groups == 1:
-            source = rows.T
-        places = [1] * len(kernel_shape)
-        places[into] = source.shape[0]
-        places[out] = source.shape[1]
-        source = (source if into < out else source.T).reshape(places)
-        target = self.neurons.new(kernel.words, kernel_shape, (out,), _layer(self.names[kernel.flow.windows[0].param]))
-        inner = [into, *taps] if kernel_shape[into] > 1 or any(kernel_shape[axis] > 1 for axis in taps) else [out]
-        windows = [w for w in kernel.flow.windows if any(w.varies(axis) for axis in inner)]
-        gains = [w for w in kernel.flow.windows if w not in windows]
-        if not windows:
-            windows, gains = gains, []
-        for window in windows:
-            self.neurons.link(*_covered(window, kernel_shape, source, target))
-        labels = [target]
-        for window in gains:
-            labels = self.weighted(labels, window, "mul", kernel.words, kernel_shape, False)
-        result = [1] * len(shape)
-        result[numbers.out_spec[1]] = kernel_shape[out]
-        return Acts(tuple(ids.reshape(result) for ids in labels))
-
-    def lookup(self, eqn: Any, operands: list[Value], words: Words, shape: tuple[int, ...]) -> Flow:
-        """Rows of a table of parameters, by indices."""
-        flow, table = operands[0].flow, eqn.invars[0].aval.shape
-        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        assert isinstance(flow, Weights)
-        kept = [
-            i for i in range(len(table)) if i not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        ]
-        if not flow.windows or numbers.operand_batching_dims or any(sizes[i] != table[i] for i in kept):
-            return Acts() if isinstance(operands[1].flow, Acts) else Weights()
-        if not isinstance(operands[1].flow, Acts):
-            name = "positions"
-        else:
-            name = "input"
-        source = self.neurons.new(operands[0].words, table, numbers.collapsed_slice_dims, name, is_input=True)
-        target = self.neurons.new(operands[0].words, table, kept, _layer(self.names[flow.windows[0].param]))
-        for window in flow.windows:
-            self.neurons.link(*_covered(window, table, source, target))
-        result = [1] * len(shape)
-        for axis, place in zip(kept, numbers.offset_dims, strict=True):
-            result[place] = table[axis]
-        return Acts((target.reshape(result),))
-
-    def concatenation(self, eqn: Any, operands: list[Value], words: Words, shape: tuple[int, ...]) -> Flow:
-        axis = eqn.params["dimension"]
-        shapes = [v.aval.shape for v in eqn.invars]
-        if not any(isinstance(value.flow, Acts) for value in operands):
-            windows, start = [], 0
-            for value, own in zip(operands, shapes, strict=True):
-                if isinstance(value.flow, Weights):
-                    windows += [shifted(window, axis, start) for window in value.flow.windows]
-                start += own[axis]
-            return Weights(tuple(windows))
-        if any(isinstance(value.flow, Acts) and varies_any(value.flow.labels, (axis,)) for value in operands):
-            pieces = []
-            for value, own in zip(operands, shapes, strict=True):
-                near = (
-                    [ids for ids in self.settled(value) if axis in axes_of(ids)] if isinstance(value.flow, Acts) else []
-                )
-                if near:
-                    ids = near[0]
-                elif isinstance(value.flow, Acts) and value.flow.is_input:
-                    ids = self.neurons.new(value.words, own, (axis,), "input", is_input=True)
-                else:
-                    ids = np.full([n if i == axis else 1 for i, n in enumerate(own)], -1)
-                if ids.shape[axis] != own[axis]:
-                    ids = np.repeat(ids, own[axis], axis=axis)
-                pieces.append(ids)
-            common = [max(p.shape[i] for p in pieces) for i in range(len(shape))]
-            pieces = [
-                np.broadcast_to(p, [p.shape[i] if i == axis else common[i] for i in range(len(shape))]) for p in pieces
-            ]
-            return Acts((np.concatenate(pieces, axis=axis),))
-        # Along an axis without neurons (a class token before the others): neurons stay if all agree on them.
-        labels: list[np.ndarray] = []
-        for value in operands:
-            if isinstance(value.flow, Acts):
-                for ids in self.settled(value):
-                    labels = self.joined(labels, ids, 1.0, "add", words, shape)
-        for value in operands:
-            if isinstance(value.flow, Weights):
-                for window in value.flow.windows:
-                    own = value.words
-                    token = (*shape[:axis], _size(own[axis]), *shape[axis + 1 :])
-                    labels = self.weighted(labels, window, "add", words, token, False)
-        return Acts(tuple(labels))
-
-    def splitting(self, eqn: Any, operands: list[Value]) -> list[Flow]:
-        axis, flow = eqn.params["axis"], operands[0].flow
-        results: list[Flow] = []
-        start = 0
-        for size in eqn.params["sizes"]:
-            if isinstance(flow, Weights):
-                parts = [sliced(window, axis, start, start + size) for window in flow.windows]
-                results.append(Weights(tuple(part for part in parts if part is not None)))
-            elif isinstance(flow, Acts):
-                labels = tuple(
-                    ids[(slice(None),) * axis + (slice(start, start + size),)] if ids.shape[axis] > 1 else ids
-                    for ids in flow.labels
-                )
-                for ids in labels:
-                    self.neurons.tell_apart(ids)
-                results.append(flow._replace(labels=labels, is_input=False))
-            else:
-                results.append(None)
-            start += size
-        return results
+# Primitives that do nothing but call a jaxpr with their operands.
+_CALL_NAMES = (
+    "jit pjit closed_call core_call core_closed_call call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
+    "custom_vjp_call_jaxpr"
+)
+_CALLS = frozenset(_CALL_NAMES.split())
 
 
-_CASTS = frozenset(("convert_element_type", "copy", "reduce_precision", "stop_gradient"))
-_SUMS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_sum", "cumsum"))
-_RESHAPES = frozenset(("reshape", "transpose", "squeeze", "broadcast_in_dim", "rev", "pad"))
-
-
-def _has_one(labels: Sequence[np.ndarray]) -> bool:
-    return any(ids.size == 1 for ids in labels)
-
-
-def _windows_of(flow: Flow) -> tuple[Window, ...]:
-    if isinstance(flow, Weights):
-        return flow.windows
-    return flow.waiting if isinstance(flow, Acts) else ()
-
-
-def _same_labels(a: Acts, b: Acts) -> bool:
-    return len(a.labels) == len(b.labels) and all(map(np.array_equal, a.labels, b.labels))
-
-
-def varies(ids: np.ndarray, axes: Sequence[int]) -> bool:
-    """Whether the neurons differ along any of the axes."""
-    return any(ids.shape[axis] > 1 for axis in axes)
-
-
-def varies_any(labels: Sequence[np.ndarray], axes: Sequence[int]) -> bool:
-    """Whether any neurons differ along any of the axes."""
-    return any(varies(ids, axes) for ids in labels)
-
-
-def _size(word: Word) -> int:
-    return math.prod(factor.size for factor in word)
-
-
-def _layer(name: str) -> str:
-    """The name of a layer: that of its parameter without the last part."""
-    return name.rpartition("/")[0] or name
-
-
-def _covered(
-    window: Window, sizes: Sequence[int], source: np.ndarray, target: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, Window]:
-    """Neurons at the places that a window covers."""
-    region = [slice(s, s + window.extent(axis)) for axis, s in enumerate(window.starts)]
-
-    def part(ids: np.ndarray) -> np.ndarray:
-        return ids[
-            tuple(
-                r if n > 1 and sizes[i] > 1 else slice(None)
-                for i, (r, n) in enumerate(zip(region, ids.shape, strict=True))
-            )
-        ]
-
-    return part(source), part(target), window
-
-
-def _spread_window(window: Window, places: dict[int, int], sizes: Sequence[int]) -> Window:
-    """The window in an index space; along axes that it does not have it is the same everywhere."""
-    axes: list[Any] = [((n, 0),) if n > 1 else () for n in sizes]
-    starts = [0] * len(sizes)
-    for axis, place in places.items():
-        axes[place], starts[place] = window.axes[axis], window.starts[axis]
-    return window._replace(axes=tuple(axes), starts=tuple(starts))
+def _called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The jaxpr of a call and its constants."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    return _opened(next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params))
 
 
 def _plain_params(params: Any) -> dict[str, Any]:
@@ -823,17 +242,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(_plain, value))
     return value
-
-
-def _called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
-    """The jaxpr of a call and its constants."""
-    if eqn.primitive.name in ("pallas_call", "shard_map", "custom_partitioning", "reduce", "reduce_window"):
-        return None
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(key)
-        if inner is not None and len(_opened(inner)[0].invars) == len(eqn.invars):
-            return _opened(inner)
-    return None
 
 
 def _opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -864,7 +272,7 @@ def _constant(value: Any) -> Value:
     shape = np.shape(value)
     try:
         array = np.asarray(value)
-    except Exception:  # random keys, and arrays without values
+    except TypeError:  # random keys
         return Value(rules.pinned(shape, "constant"))
     words = []
     for axis, n in enumerate(shape):
@@ -874,17 +282,14 @@ def _constant(value: Any) -> Value:
     return Value(tuple(words))
 
 
-def _sliced_weights(flow: Flow, i: int) -> Flow:
-    if not isinstance(flow, Weights):
-        return flow
-    parts = [sliced(window, 0, i, i + 1) for window in flow.windows]
-    return Weights(tuple(squeezed(part, (0,)) for part in parts if part is not None))
-
-
-def _without_axis(flow: Flow) -> Flow:
-    if not isinstance(flow, Acts):
-        return flow
-    return flow._replace(labels=tuple(ids[0] for ids in flow.labels if ids.shape[0] == 1))
+def _at(flow: Flow, i: int) -> Flow:
+    """What is at place i of the first axis."""
+    if isinstance(flow, Weights):
+        parts = [sliced(window, 0, i, i + 1) for window in flow.windows]
+        return Weights(tuple(squeezed(part, (0,)) for part in parts if part is not None))
+    if isinstance(flow, Acts):
+        return flow._replace(labels=tuple(ids[0] for ids in flow.labels if ids.shape[0] == 1))
+    return None
 
 
 def _with_axis(flow: Flow) -> Flow:
@@ -892,98 +297,4 @@ def _with_axis(flow: Flow) -> Flow:
         return Weights()
     if isinstance(flow, Acts):
         return Acts(tuple(ids[None] for ids in flow.labels))
-    return None
-
-
-def _moved_windows(eqn: Any, windows: Sequence[Window], shape: tuple[int, ...]) -> tuple[Window, ...]:
-    """Windows of parameters after an equation that only moves entries; those it does more to are dropped."""
-    name, params, old = eqn.primitive.name, eqn.params, eqn.invars[0].aval.shape
-    moved: list[Window | None] = []
-    for window in windows:
-        result: Window | None = window
-        if name == "transpose":
-            result = transposed(window, params["permutation"])
-        elif name == "broadcast_in_dim":
-            result = broadcast(window, shape, params["broadcast_dimensions"], old)
-        elif name == "squeeze":
-            result = squeezed(window, params["dimensions"])
-        elif name == "reshape":
-            result = reshaped(window, old, shape)
-        elif name == "slice":
-            steps = params["strides"] or (1,) * len(old)
-            for axis, (start, stop, step) in enumerate(
-                zip(params["start_indices"], params["limit_indices"], steps, strict=True)
-            ):
-                if result is not None and (start, stop, step) != (0, old[axis], 1):
-                    result = sliced(result, axis, start, stop, step)
-        elif name == "pad":
-            for axis, (low, _, interior) in enumerate(params["padding_config"]):
-                if interior or low < 0:
-                    result = None
-                elif result is not None and low:
-                    result = shifted(result, axis, low)
-        else:
-            result = None
-        moved.append(result)
-    return tuple(window for window in moved if window is not None)
-
-
-def _moved_ids(eqn: Any, ids: np.ndarray) -> np.ndarray | None:
-    """Numbers of neurons after an equation, `None` where it mixes them."""
-    name, params, old = eqn.primitive.name, eqn.params, eqn.invars[0].aval.shape
-    shape = eqn.outvars[0].aval.shape
-    if name == "transpose":
-        return ids.transpose(params["permutation"])
-    if name == "broadcast_in_dim":
-        out = [1] * len(shape)
-        for axis, place in enumerate(params["broadcast_dimensions"]):
-            out[place] = ids.shape[axis]
-        return ids.reshape(out)
-    if name == "squeeze":
-        return ids.reshape([n for i, n in enumerate(ids.shape) if i not in params["dimensions"]])
-    if name == "reshape":
-        return reshape_ids(ids, old, shape)
-    if name == "rev":
-        return np.flip(ids, tuple(axis for axis in params["dimensions"] if ids.shape[axis] > 1))
-    if name == "slice":
-        steps = params["strides"] or (1,) * len(old)
-        return ids[
-            tuple(
-                slice(a, b, s) if n > 1 else slice(None)
-                for n, a, b, s in zip(ids.shape, params["start_indices"], params["limit_indices"], steps, strict=True)
-            )
-        ]
-    if name == "pad":
-        for axis, (low, high, interior) in enumerate(params["padding_config"]):
-            if ids.shape[axis] == 1:
-                continue
-            if interior:
-                return None
-            start, stop = max(0, -low), ids.shape[axis] - max(0, -high)
-            ids = ids[(slice(None),) * axis + (slice(start, stop),)]
-            width = [(0, 0)] * ids.ndim
-            width[axis] = (max(0, low), max(0, high))
-            ids = np.pad(ids, width, constant_values=-1)
-        return ids
-    if name in ("dynamic_slice", "dynamic_update_slice"):
-        sizes = params.get("slice_sizes", shape)
-        return None if any(n > 1 and a != b for n, a, b in zip(ids.shape, sizes, old, strict=True)) else ids
-    if name == "gather":
-        numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-        lost = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        kept = [i for i in range(len(old)) if i not in lost]
-        if varies(ids, lost) or any(ids.shape[i] > 1 and sizes[i] != old[i] for i in kept):
-            return None
-        out = [1] * len(shape)
-        for axis, place in zip(kept, numbers.offset_dims, strict=True):
-            out[place] = ids.shape[axis]
-        return ids.reshape(out)
-    if name.startswith(("reduce_window", "cum")) or name == "sort":
-        lengths = eqn.outvars[0].aval.shape
-        return None if any(n > 1 and n != m for n, m in zip(ids.shape, lengths, strict=True)) else ids
-    if name.startswith("reduce_") or name in ("argmax", "argmin", "reduce"):
-        axes = params["axes"] if "axes" in params else params["dimensions"]
-        if varies(ids, axes):
-            return None
-        return ids.reshape([n for i, n in enumerate(ids.shape) if i not in axes])
     return None

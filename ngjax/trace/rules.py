@@ -7,7 +7,6 @@ rule pin all axes they touch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -22,7 +21,7 @@ from ngjax.trace.axes import (
     pin,
     resolve,
     size_of,
-    split,
+    split_word,
     uniform,
     unify,
 )
@@ -41,12 +40,12 @@ _NAMES = (
 )
 ELEMENTWISE = frozenset(_NAMES.split())
 # These have as many results as operands, each like its own.
-_SIDE_BY_SIDE = frozenset(("optimization_barrier", "device_put", "sharding_constraint", "pvary", "mesh_cast", "copy"))
+SIDE_BY_SIDE = frozenset(("optimization_barrier", "device_put", "sharding_constraint", "pvary", "mesh_cast", "copy"))
 
 
 def elementwise(eqn: Any, operands: list[Words]) -> list[Words]:
     """Every entry from the same entry of the operands."""
-    if eqn.primitive.name in _SIDE_BY_SIDE:
+    if eqn.primitive.name in SIDE_BY_SIDE:
         return list(operands)
     shape = eqn.outvars[0].aval.shape
     words = []
@@ -116,31 +115,16 @@ def convolution(eqn: Any, operands: list[Words]) -> list[Words]:
         unify(x[features], kernel[into], name)
     else:
         # Channels are groups x channels of a group, on both sides with the same groups.
-        blocks = uniform(groups)
-        inner = kernel[into]
-        unify(x[features], (*letter(groups), *letter(size_of(inner))), name)
-        unify(kernel[out], (*letter(groups), *letter(size_of(kernel[out]) // groups)), name)
-        source, target = _rows(x[features], groups), _rows(kernel[out], groups)
+        source, target = split_word(x[features], groups), split_word(kernel[out], groups)
         if source is None or target is None:
             return unknown(eqn, operands)
-        blocks = unify(blocks, source[0], name)
-        unify(blocks, target[0], name)
-        unify(inner, source[1], name)
+        unify(source[0], target[0], name)
+        unify(kernel[into], source[1], name)
     shape = eqn.outvars[0].aval.shape
     words = list(pinned(shape, name))
     words[numbers.out_spec[0]] = x[batch]
     words[numbers.out_spec[1]] = kernel[out]
     return [tuple(words)]
-
-
-def _rows(word: Word, outer: int) -> tuple[Word, Word] | None:
-    left: list[Any] = []
-    right = list(resolve(word))
-    while right and math.prod(f.size for f in left) < outer:
-        left.append(right.pop(0))
-    if math.prod(f.size for f in left) != outer:
-        return None
-    return tuple(left), tuple(right)
 
 
 def broadcast_in_dim(eqn: Any, operands: list[Words]) -> list[Words]:
@@ -164,26 +148,16 @@ def reshape(eqn: Any, operands: list[Words]) -> list[Words]:
 
 def reshaped(x: Words, shape: Sequence[int], reason: str) -> Words:
     """The words of an array of another shape with the same entries in row-major order."""
-    left = [factor for word in x for factor in resolve(word)]
+    rest: Word = tuple(factor for word in x for factor in resolve(word))
     words: list[Word] = []
     for n in shape:
-        taken: list[Any] = []
-        got = 1
-        while got < n:
-            factor = left.pop(0)
-            if n % (got * factor.size) == 0:
-                taken.append(factor)
-                got *= factor.size
-                continue
-            need = n // got
-            halves = split(factor, need) if n % got == 0 and factor.size % need == 0 else None
-            if halves is None:
-                for word in x:
-                    pin(word, reason)
-                return pinned(shape, reason)
-            left = [*halves[0], *halves[1], *left]
-            left = list(resolve(tuple(left)))
-        words.append(tuple(taken))
+        halves = split_word(rest, n)
+        if halves is None:
+            for word in x:
+                pin(word, reason)
+            return pinned(shape, reason)
+        word, rest = halves
+        words.append(word)
     return tuple(words)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from ngjax.spec import NeuralGraphSpec, ParamSpec, flatten_with_path, format_path, path_keys, repeated_param
 from ngjax.trace.assemble import assemble
 from ngjax.trace.axes import letter, pin, unify
-from ngjax.trace.program import Acts, Program, Value, Weights
+from ngjax.trace.layers import Acts, Layers, Value, Weights
+from ngjax.trace.program import Program
 from ngjax.trace.rules import Words
 from ngjax.trace.weights import whole
 
@@ -73,7 +74,7 @@ def trace_spec(
         ) from error
     paths = [path for (path, _), array in zip(pairs, is_array, strict=True) if array]
     specs = [ParamSpec(p, tuple(a.shape), str(a.dtype)) for p, a in zip(paths, arrays, strict=True)]
-    program = Program([format_path(path) for path in paths])
+    program = Program(Layers([format_path(path) for path in paths]))
     words: list[Words] = [tuple(letter(n) for n in array.shape) for array in arrays]
     values = [
         Value(w, Weights((whole(i, spec.shape),)) if spec.is_floating else Weights())

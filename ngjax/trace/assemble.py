@@ -648,7 +648,7 @@ class _Actions:
             return self.add(fixed(self.unique("constant"), size, "constant"))
         if is_pinned(factors):
             name = self.names.get(factor, f"fixed_{size}") if factor.is_plain else f"fixed_{size}"
-            return self.add(fixed(self.unique(name), size, _reason(factors)))
+            return self.add(fixed(self.unique(name), size, _reason(factors) or "taken apart into single places"))
         if factor.parts is not None:
             ids = [self.of(part, math.prod(f.size for f in part)) for part in factor.parts]
             parts = [self.by_id[id] for id in ids]

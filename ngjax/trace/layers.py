@@ -52,7 +52,7 @@ Flow = Weights | Acts | None  # None: depends on neither
 
 
 class Value(NamedTuple):
-    """What is known of an array; `number` is a constant that is the same everywhere."""
+    """What is known of an array; `number` is a constant that is the same everywhere, or a small index vector."""
 
     words: Words
     flow: Flow = None
@@ -88,6 +88,8 @@ class Layers:
             return [self.concatenation(eqn, operands, words[0], shape)]
         if name == "split":
             return self.splitting(eqn, operands)
+        if name.startswith("scatter"):
+            return [self.scattered(eqn, operands, words[0], shape)]
         flow = flows[0]
         if isinstance(flow, Weights):
             return [Weights(_moved_windows(eqn, flow.windows, shape))] * count
@@ -175,7 +177,9 @@ class Layers:
         together = len(labelled) == len(acts) and all(_same_labels(acts[0][1], flow) for _, flow in acts)
         if together and not weighted:
             numbers = [value.flow.values if isinstance(value.flow, Acts) else value.number for value in operands]
-            constants = all(value.number is not None for value in operands if value.flow is None)
+            constants = all(
+                value.number is not None and np.ndim(value.number) == 0 for value in operands if value.flow is None
+            )
             result = scalars.evaluate(eqn, numbers) if constants else acts[0][1].values
             return Acts(acts[0][1].labels, values=result)
         if len(labelled) == 1 and not windows:
@@ -473,6 +477,26 @@ class Layers:
         for axis, place in zip(kept, numbers.offset_dims, strict=True):
             result[place] = table[axis]
         return Acts((target.reshape(result),))
+
+    def scattered(self, eqn: Any, operands: list[Value], words: Words, shape: tuple[int, ...]) -> Flow:
+        """Updates added to an array at places that the inputs choose: neurons along the axes they have whole."""
+        numbers = eqn.params["dimension_numbers"]
+        labels: list[np.ndarray] = []
+        for value, is_update in ((operands[0], False), (operands[2], True)):
+            if not isinstance(value.flow, Acts):
+                continue
+            for ids in self.settled(value):
+                if is_update:
+                    places = [i for i in range(len(shape)) if i not in numbers.inserted_window_dims]
+                    whole = dict(zip(numbers.update_window_dims, places, strict=True))
+                    if any(n > 1 and n != shape[whole[i]] if i in whole else n > 1 for i, n in enumerate(ids.shape)):
+                        continue
+                    out = [1] * len(shape)
+                    for i, place in whole.items():
+                        out[place] = ids.shape[i]
+                    ids = ids.reshape(out)
+                labels = self.joined(labels, ids, 1.0, "add", words, shape)
+        return Acts(tuple(labels))
 
     def concatenation(self, eqn: Any, operands: list[Value], words: Words, shape: tuple[int, ...]) -> Flow:
         axis = eqn.params["dimension"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +13,15 @@ import numpy as np
 from ngjax.trace import rules, scalars
 from ngjax.trace.axes import Letter, find, letter, size_of, slices_of, uniform, unify, with_letters
 from ngjax.trace.layers import Acts, Flow, Layers, Value, Weights
+from ngjax.trace.rewrites import as_jaxpr, rewritten
 from ngjax.trace.rules import Words
 from ngjax.trace.weights import (
     axes_of,
     sliced,
     squeezed,
 )
+
+_MOST_INDICES = 64  # in an index vector whose entries are followed
 
 
 class Equation(NamedTuple):
@@ -53,11 +57,10 @@ class Program:
 
         def read(atom: Any) -> Value:
             if isinstance(atom, jex.Literal):
-                number = atom.val if np.ndim(atom.val) == 0 else None
-                return Value(tuple(uniform(n) for n in np.shape(atom.val)), number=number)
+                return _constant(atom.val)
             return env[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn in live_equations(jaxpr):
             plain = Equation(eqn.primitive, _plain_params(eqn.params), eqn.invars, eqn.outvars)
             results = self.equation(plain, [read(atom) for atom in eqn.invars])
             for var, value in zip(eqn.outvars, results, strict=True):
@@ -77,6 +80,11 @@ class Program:
         inner = _called(eqn)
         if inner is not None:
             return self.run(*inner, operands)
+        simpler = rewritten(eqn, operands)
+        if simpler is not None:
+            function, taken = simpler
+            jaxpr = as_jaxpr(function, [eqn.invars[i].aval for i in taken])
+            return self.run(*_opened(jaxpr), [operands[i] for i in taken])
         rule = rules.RULES.get(name, rules.unknown)
         words = rule(eqn, [value.words for value in operands])
         self.record_sums(eqn, operands)
@@ -215,6 +223,17 @@ class Program:
         return carry + out
 
 
+def live_equations(jaxpr: Any) -> list[Any]:
+    """The equations whose results are used, or that have effects: what is not used pins nothing."""
+    used = {id(atom) for atom in jaxpr.outvars}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(id(var) in used for var in eqn.outvars):
+            live.append(eqn)
+            used.update(map(id, eqn.invars))
+    return live[::-1]
+
+
 # Primitives that do nothing but call a jaxpr with their operands.
 _CALL_NAMES = (
     "jit pjit closed_call core_call core_closed_call call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
@@ -258,12 +277,21 @@ def _scan_counts(params: Any) -> tuple[int, int]:
 
 
 def _number(eqn: Any, operands: Sequence[Value]) -> Any:
-    """The constant that an equation makes of constants, where it is the same everywhere."""
-    name = eqn.primitive.name
+    """The constant that an equation makes of constants: one that is the same everywhere, or a small index vector."""
+    name, numbers = eqn.primitive.name, [value.number for value in operands]
+    shape = eqn.outvars[0].aval.shape
+    if any(number is None for number in numbers):
+        return None
+    if name == "concatenate" and math.prod(shape) <= _MOST_INDICES:
+        shapes = [v.aval.shape for v in eqn.invars]
+        parts = [np.broadcast_to(number, n) for number, n in zip(numbers, shapes, strict=True)]
+        return np.concatenate(parts, eqn.params["dimension"])
     if name in ("broadcast_in_dim", "reshape", "squeeze", "transpose"):
-        return operands[0].number
+        if np.ndim(numbers[0]) == 0:
+            return numbers[0]
+        return np.reshape(numbers[0], shape) if name in ("reshape", "squeeze") else None
     if name in rules.ELEMENTWISE:
-        return scalars.evaluate(eqn, [value.number for value in operands])
+        return scalars.evaluate(eqn, numbers)
     return None
 
 
@@ -279,7 +307,8 @@ def _constant(value: Any) -> Value:
         first = array.take([0], axis) if n else array
         same = n <= 1 or bool(np.all((array == first) | ((array != array) & (first != first))))
         words.append(uniform(n) if same else letter(n, "constant"))
-    return Value(tuple(words))
+    known = array.ndim == 0 or (array.size <= _MOST_INDICES and np.issubdtype(array.dtype, np.integer))
+    return Value(tuple(words), number=array if known else None)
 
 
 def _at(flow: Flow, i: int) -> Flow:

@@ -360,6 +360,33 @@ def gather(eqn: Any, operands: list[Words]) -> list[Words]:
     return [tuple(next(rest) if word is None else word for word in words)]
 
 
+def scatter(eqn: Any, operands: list[Words]) -> list[Words]:
+    """Axes that are written whole move together, the updates as their indices do; places written to are pinned."""
+    x, indices, updates = operands
+    numbers, name = eqn.params["dimension_numbers"], eqn.primitive.name
+    if numbers.operand_batching_dims:
+        return unknown(eqn, operands)
+    words = list(x)
+    places = [i for i in range(len(x)) if i not in numbers.inserted_window_dims]
+    for i, place in zip(numbers.update_window_dims, places, strict=True):
+        if size_of(x[place]) == size_of(updates[i]):
+            words[place] = unify(x[place], updates[i], name)
+        else:
+            pin(updates[i], name)
+            words[place] = _fixed(x[place], size_of(x[place]), name)
+    for axis in (*numbers.inserted_window_dims, *numbers.scatter_dims_to_operand_dims):
+        words[axis] = _fixed(words[axis], size_of(words[axis]), name)
+    batch = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
+    for i, word in zip(batch, indices[:-1], strict=True):
+        unify(updates[i], word, name)
+        # Of several updates at one place the last one stays, unless they are combined.
+        if name == "scatter" and not eqn.params["unique_indices"]:
+            pin(word, name)
+            pin(updates[i], name)
+    pin(indices[-1], name)
+    return [tuple(words)]
+
+
 def reduce_window(eqn: Any, operands: list[Words]) -> list[Words]:
     """Axes with a window of one place stay."""
     params, name = eqn.params, eqn.primitive.name
@@ -401,6 +428,8 @@ RULES |= {
     "dynamic_slice": dynamic_slice,
     "dynamic_update_slice": dynamic_update_slice,
     "gather": gather,
+    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter-mul", "scatter_mul"), scatter),
+    **dict.fromkeys(("scatter-min", "scatter_min", "scatter-max", "scatter_max"), scatter),
     "top_k": top_k,
     "fft": fft,
     "iota": iota,

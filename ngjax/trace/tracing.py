@@ -13,7 +13,7 @@ from ngjax.spec import NeuralGraphSpec, ParamSpec, flatten_with_path, format_pat
 from ngjax.trace.assemble import assemble
 from ngjax.trace.axes import letter, pin, unify
 from ngjax.trace.layers import Acts, Layers, Value, Weights
-from ngjax.trace.program import Program
+from ngjax.trace.program import Program, live_equations
 from ngjax.trace.rules import Words
 from ngjax.trace.weights import whole
 
@@ -108,8 +108,8 @@ def trace_spec(
 
 
 def _unused(jaxpr: Any, count: int) -> list[int]:
-    """Numbers of the first operands that no equation and no result names."""
-    used = {id(atom) for eqn in jaxpr.eqns for atom in eqn.invars} | {id(atom) for atom in jaxpr.outvars}
+    """Numbers of the first operands that no equation with a use and no result names."""
+    used = {id(atom) for eqn in live_equations(jaxpr) for atom in eqn.invars} | {id(atom) for atom in jaxpr.outvars}
     return [i for i, var in enumerate(jaxpr.invars[:count]) if id(var) not in used]
 
 

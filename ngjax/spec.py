@@ -198,6 +198,14 @@ def param_view(
     )
 
 
+class MoveError(ValueError):
+    """A parameter, by its number in the spec, whose axes do not move as the neurons do that it belongs to."""
+
+    def __init__(self, message: str, param: int) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class NodeGroup(NamedTuple):
     """The neurons of one layer.
 
@@ -790,9 +798,10 @@ def _check_moves(spec: NeuralGraphSpec) -> None:
                 around = neighbours(spec.action, param.axes, new_entry, axis)
                 moved = old_places(spec.action, _at(trials, trial), id, new_entry[axis], around)
             if (moved != old_entry[axis]).any():
-                raise ValueError(
+                raise MoveError(
                     f"parameter {format_path(param.path)} {param.shape}, axis {axis}: its action {id!r} does not move "
-                    f"it as {who} move"
+                    f"it as {who} move",
+                    view.param,
                 )
 
     for node_group in spec.node_groups:

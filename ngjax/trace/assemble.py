@@ -15,6 +15,7 @@ import numpy as np
 from ngjax.actions import AxisAction, concat, fixed, is_free, orbits, permutation, product, stack
 from ngjax.spec import (
     EdgeGroup,
+    MoveError,
     NeuralGraphSpec,
     NodeGroup,
     NodeLayout,
@@ -24,7 +25,7 @@ from ngjax.spec import (
     format_path,
     param_view,
 )
-from ngjax.trace.axes import Letter, Uniform, Word, collapse, find, is_pinned, is_uniform, pin, places, resolve
+from ngjax.trace.axes import Letter, Uniform, Word, at, collapse, find, is_pinned, is_uniform, pin, places, resolve
 from ngjax.trace.neurons import Link, Neurons, restricted
 from ngjax.trace.program import Contraction, Program
 from ngjax.trace.rules import Words
@@ -84,22 +85,45 @@ def assemble(
     edges = [e for link in neurons.links for e in _edges(link, params, pieces, piece_of, rank)]
     edges = list(dict.fromkeys(edges))
     biases = [b for window, ids in neurons.biases for b in _biases(window, ids, params, pieces, piece_of, rank)]
+    out = {int(piece_of[node]) for ids in outputs for node in np.unique(ids) if node >= 0}
+    homeless: set[int] = set()
+    while True:
+        try:
+            return _spec(
+                program, params, words, [dataclasses.replace(p) for p in pieces], edges, biases, out, homeless, treedef
+            )
+        except MoveError as error:
+            # The parameter depends on places that only some of its neurons have: it gets no place, and is pinned.
+            homeless.add(error.param)
+
+
+def _spec(
+    program: Program,
+    params: Sequence[ParamSpec],
+    words: Sequence[Words],
+    pieces: list[Piece],
+    edges: Sequence[Edges],
+    biases: Sequence[tuple[int, ParamView]],
+    outputs: set[int],
+    homeless: set[int],
+    treedef: Any,
+) -> NeuralGraphSpec:
+    edges = [edge for edge in edges if edge.view is None or edge.view.param not in homeless]
+    biases = [(piece, view) for piece, view in biases if view.param not in homeless]
     kept_edges, loose = _homes(params, words, pieces, edges, biases)
     for i in sorted(loose):
         for word in words[i]:
             pin(word, NO_PLACE)
     arrays = [*program.arrays, *words, *((piece.word,) for piece in pieces)]
     per = _dependencies(arrays, program.contractions)
-    names = _letter_names(pieces, params, words)
-    actions = _Actions(per, names)
+    actions = _Actions(per, _letter_names(pieces, params, words))
     specs = tuple(
         param._replace(axes=tuple(actions.of(word, n) for word, n in zip(axes, param.shape, strict=True)))
         if param.is_floating
         else param
         for param, axes in zip(params, words, strict=True)
     )
-    out = {int(piece_of[node]) for ids in outputs for node in np.unique(ids) if node >= 0}
-    nodes, edge_groups = _groups(pieces, kept_edges, out, actions, params)
+    nodes, edge_groups = _groups(pieces, kept_edges, outputs, actions, params)
     return NeuralGraphSpec(
         specs,
         nodes,
@@ -468,17 +492,6 @@ def _unread_rows(i: int, param: ParamSpec, words: Words, pieces: list[Piece], ed
 # -- actions -----------------------------------------------------------------------------------------------------------
 
 
-def _at(word: Word, along: Letter, i: int) -> Word:
-    """The word at place i along a stack."""
-    out: list[Any] = []
-    for factor in resolve(word):
-        if isinstance(factor, Letter) and factor.slices is not None and find(_along_of(factor)) is along:
-            out += _at(factor.slices[i], along, i)
-        else:
-            out.append(factor)
-    return tuple(out)
-
-
 def _along_of(stacked: Letter) -> Letter:
     assert stacked.along is not None
     return stacked.along
@@ -521,8 +534,8 @@ def _dependencies(arrays: Sequence[Words], contractions: Sequence[Contraction]) 
                         changed = True
     allowed: dict[Letter, set[Letter]] = {}
     for words in all_words():
-        for at in _each_place(words):
-            for item, near in _contexts(at):
+        for slice_words in _each_place(words):
+            for item, near in _contexts(slice_words):
                 allowed[item] = allowed[item] & near if item in allowed else near
     per: dict[Letter, tuple[Letter, ...]] = {}
     for item in sorted(allowed, key=lambda x: x.number):
@@ -552,7 +565,7 @@ def _each_place(words: Words) -> Iterable[Words]:
         for root in _stacks(word):
             along = find(_along_of(root))
             for i in range(along.size):
-                yield from _each_place(tuple(_at(other, along, i) for other in words))
+                yield from _each_place(tuple(at(other, along, i) for other in words))
             return
     yield words
 

@@ -395,6 +395,25 @@ def slices_of(word: Word, along: Letter) -> list[Word]:
     return [tuple(itertools.chain.from_iterable(column[i] for column in columns)) for i in range(along.size)]
 
 
+def is_stacked(word: Word, along: Letter) -> bool:
+    """Whether a factor of the word moves in its own way at each place of `along`."""
+    return any(
+        isinstance(f, Letter) and f.slices is not None and f.along is not None and find(f.along) is find(along)
+        for f in resolve(word)
+    )
+
+
+def at(word: Word, along: Letter, i: int) -> Word:
+    """The word at place i of `along`."""
+    out: list[Factor] = []
+    for factor in resolve(word):
+        if isinstance(factor, Letter) and factor.slices is not None and is_stacked((factor,), along):
+            out += at(factor.slices[i], along, i)
+        else:
+            out.append(factor)
+    return tuple(out)
+
+
 def collapse(root: Letter, reason: str) -> None:
     """Makes all slices of a stacked letter move alike: something reads it without knowing the place in the stack."""
     assert root.slices is not None

@@ -25,10 +25,27 @@ from ngjax.trace.weights import (
 )
 
 
+class Composed(NamedTuple):
+    """A product of two arrays of parameters (a low-rank update): two layers of weights with neurons in between.
+
+    Attributes:
+      factors: the windows of each, in the index space of the product's axes and then the axes summed over.
+      words: of the axes summed over.
+    """
+
+    factors: tuple[tuple[Window, ...], tuple[Window, ...]]
+    words: Words
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(map(size_of, self.words))
+
+
 class Weights(NamedTuple):
-    """An array made of parameters alone; `windows` are those entries that can be told."""
+    """An array made of parameters alone; `windows` are those entries that can be told, `composed` those summed up."""
 
     windows: tuple[Window, ...] = ()
+    composed: tuple[Composed, ...] = ()
 
 
 class Acts(NamedTuple):
@@ -92,7 +109,8 @@ class Layers:
             return [self.scattered(eqn, operands, words[0], shape)]
         flow = flows[0]
         if isinstance(flow, Weights):
-            return [Weights(_moved_windows(eqn, flow.windows, shape))] * count
+            composed = tuple(_moved_composed(eqn, item, shape) for item in flow.composed) if name == "transpose" else ()
+            return [Weights(_moved_windows(eqn, flow.windows, shape), composed)] * count
         if isinstance(flow, Acts):
             old = flow.labels
             if name in _SUMS:
@@ -160,7 +178,13 @@ class Layers:
         ]
         weighted = any(isinstance(value.flow, Weights) for value in operands)
         if not acts:
-            return Weights(tuple(windows)) if weighted else None
+            composed = [
+                _repeated(item, shape, tuple(map(size_of, value.words)))
+                for value in full
+                if isinstance(value.flow, Weights)
+                for item in value.flow.composed
+            ]
+            return Weights(tuple(windows), tuple(composed) if name in _LINEAR else ()) if weighted else None
         labelled = [(value, flow) for value, flow in acts if flow.labels]
         if (
             windows
@@ -258,7 +282,8 @@ class Layers:
             for axis in range(len(shape))
         )
         if name not in ("add", "sub", "add_any"):
-            made = self.neurons.new(words, shape, axes_of(ids), title)
+            # With places along axes that the neurons do not have, each neuron feeds one of its own at each of them.
+            made = self.neurons.new(words, shape, sorted({*axes_of(ids), *outside}), title)
             self.neurons.link(ids[covered], made[covered], window)
             rest = np.ones(ids.shape, bool)
             rest[covered] = False
@@ -327,7 +352,13 @@ class Layers:
             both = [self.settled(value) for value in operands]
             return self.interaction(both, spread, narrow, all_words, shape, contracted)
         if not any(isinstance(flow, Acts) for flow in flows):
-            return Weights() if any(isinstance(flow, Weights) for flow in flows) else None
+            if not all(isinstance(flow, Weights) for flow in flows):
+                return Weights()
+            factors = [
+                tuple(_spread_window(window, maps[i], sizes) for window in _windows_of(flow))
+                for i, flow in enumerate(flows)
+            ]
+            return Weights((), (Composed((factors[0], factors[1]), tuple(all_words[total:])),) if all(factors) else ())
         side = 0 if isinstance(flows[0], Acts) else 1
         acts, weights = flows[side], flows[1 - side]
         assert isinstance(acts, Acts)
@@ -339,19 +370,34 @@ class Layers:
         labels = [spread(ids, side) for ids in acts.labels]
         spread_windows = [_spread_window(window, maps[1 - side], sizes) for window in windows]
         # What does not vary over the sum is a gain of the results (weight normalization).
-        moved = [w for w in spread_windows if any(w.varies(axis) for axis in contracted)] or spread_windows
+        moved = [w for w in spread_windows if any(w.varies(axis) for axis in contracted)]
+        moved = moved if moved or weights.composed else spread_windows
         gains = [w for w in spread_windows if w not in moved]
-        source, others = self.sources(labels, contracted, acts, all_words, sizes, moved)
-        if not moved:
+        composed = [_spread_composed(item, maps[1 - side], sizes) for item in weights.composed]
+        layers = [(first, second, item) for item in composed for first, second in _in_order(item, contracted)]
+        read = [*moved, *(window for first, _, _ in layers for window in first)]
+        source, others = self.sources(labels, contracted, acts, all_words, sizes, read)
+        if not read:
             return Acts(tuple(narrow(ids) for ids in others))
+        written = [*moved, *(window for _, second, _ in layers for window in second)]
         target_axes = [
             axis
             for axis in range(total)
-            if any(w.varies(axis) or (w.extent(axis) != sizes[axis] and sizes[axis] > 1) for w in moved)
+            if any(w.varies(axis) or (w.extent(axis) != sizes[axis] and sizes[axis] > 1) for w in written)
         ]
-        target = self.neurons.new(all_words, sizes, target_axes, _layer(self.names[moved[0].param]))
+        target = self.neurons.new(all_words, sizes, target_axes, _layer(self.names[written[0].param]))
         for window in moved:
             self.neurons.link(*_covered(window, sizes, source, target))
+        for first, second, item in layers:
+            tail = (1,) * len(item.words)
+            shapes = [*sizes, *item.sizes]
+            between = self.neurons.new(
+                [*all_words, *item.words], shapes, range(space, len(shapes)), _layer(self.names[first[0].param])
+            )
+            for window in first:
+                self.neurons.link(*_covered(window, shapes, source.reshape(source.shape + tail), between))
+            for window in second:
+                self.neurons.link(*_covered(window, shapes, between, target.reshape(target.shape + tail)))
         results = [*(narrow(ids) for ids in others), narrow(target)]
         for window in gains:
             window = window._replace(axes=window.axes[:total], starts=window.starts[:total])
@@ -516,8 +562,9 @@ class Layers:
                 )
                 if near:
                     ids = near[0]
-                elif isinstance(value.flow, Acts) and value.flow.is_input:
-                    ids = self.neurons.new(value.words, own, (axis,), "input", is_input=True)
+                elif isinstance(value.flow, Acts):
+                    name = "input" if value.flow.is_input else "positions"
+                    ids = self.neurons.new(value.words, own, (axis,), name, is_input=True)
                 else:
                     ids = np.full([n if i == axis else 1 for i, n in enumerate(own)], -1)
                 if ids.shape[axis] != own[axis]:
@@ -540,7 +587,7 @@ class Layers:
                     own = value.words
                     token = (*shape[:axis], size_of(own[axis]), *shape[axis + 1 :])
                     labels = self.weighted(labels, window, "add", words, token, False)
-        return Acts(tuple(labels))
+        return Acts(tuple(labels), is_input=all(isinstance(v.flow, Acts) and v.flow.is_input for v in operands))
 
     def splitting(self, eqn: Any, operands: list[Value]) -> list[Flow]:
         axis, flow = eqn.params["axis"], operands[0].flow
@@ -567,6 +614,9 @@ class Layers:
 _CASTS = frozenset(("convert_element_type", "copy", "reduce_precision", "stop_gradient"))
 _SUMS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_sum", "cumsum"))
 _RESHAPES = frozenset(("reshape", "transpose", "squeeze", "broadcast_in_dim", "rev", "pad"))
+
+
+_LINEAR = frozenset(("add", "add_any", "sub", "mul", "div", "neg", *_CASTS))
 
 
 def _has_one(labels: Sequence[np.ndarray]) -> bool:
@@ -622,6 +672,40 @@ def _spread_window(window: Window, places: dict[int, int], sizes: Sequence[int])
     for axis, place in places.items():
         axes[place], starts[place] = window.axes[axis], window.starts[axis]
     return window._replace(axes=tuple(axes), starts=tuple(starts))
+
+
+def _spread_composed(item: Composed, places: dict[int, int], sizes: Sequence[int]) -> Composed:
+    """A product of parameters in an index space, its own sums behind it."""
+    own = len(places)
+    tail = {own + i: len(sizes) + i for i in range(len(item.words))}
+    first, second = (
+        tuple(_spread_window(window, places | tail, [*sizes, *item.sizes]) for window in windows)
+        for windows in item.factors
+    )
+    return item._replace(factors=(first, second))
+
+
+def _in_order(item: Composed, contracted: Sequence[int]) -> list[tuple[tuple[Window, ...], tuple[Window, ...]]]:
+    """The factor that is read first, and the other; none where both, or neither, are summed over."""
+    read = [any(window.varies(axis) for window in windows for axis in contracted) for windows in item.factors]
+    if read == [True, False]:
+        return [item.factors]
+    return [item.factors[::-1]] if read == [False, True] else []
+
+
+def _repeated(item: Composed, shape: tuple[int, ...], old: tuple[int, ...]) -> Composed:
+    """A product of parameters in an array that it is broadcast to."""
+    new, own = (*shape, *item.sizes), (*old, *item.sizes)
+    first, second = (tuple(broadcast(w, new, range(len(new)), own) for w in windows) for windows in item.factors)
+    return item._replace(factors=(first, second))
+
+
+def _moved_composed(eqn: Any, item: Composed, shape: tuple[int, ...]) -> Composed:
+    """A product of parameters after a transposition."""
+    order = eqn.params["permutation"]
+    order = (*order, *range(len(order), len(order) + len(item.words)))
+    first, second = (tuple(transposed(window, order) for window in windows) for windows in item.factors)
+    return item._replace(factors=(first, second))
 
 
 def _moved_windows(eqn: Any, windows: Sequence[Window], shape: tuple[int, ...]) -> tuple[Window, ...]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ngjax.trace.axes import Uniform, Word, join, letter, pin, resolve, size_of
+from ngjax.trace.axes import Letter, Uniform, Word, at, is_stacked, join, letter, pin, resolve, size_of
 from ngjax.trace.weights import Window
 
 
@@ -186,4 +186,9 @@ def restricted(word: Word, mask: np.ndarray) -> Word:
     if not np.array_equal(rows[some], np.broadcast_to(row, rows[some].shape)):
         pin(factors, "part of an axis")
         return letter(count, "part of an axis")
-    return (*restricted(factors[:1], np.asarray(some)), *restricted(factors[1:], row))
+    outer, inner = factors[0], factors[1:]
+    if isinstance(outer, Letter) and is_stacked(inner, outer):
+        if some.sum() > 1:
+            pin(inner, "part of an axis")
+        inner = at(inner, outer, int(np.argmax(some)))
+    return (*restricted((outer,), np.asarray(some)), *restricted(inner, row))

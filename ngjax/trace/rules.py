@@ -15,12 +15,14 @@ from ngjax.trace.axes import (
     Word,
     cut,
     is_pinned,
+    is_stacked,
     is_uniform,
     join,
     letter,
     pin,
     resolve,
     size_of,
+    slices_of,
     split_word,
     uniform,
     unify,
@@ -41,6 +43,9 @@ _NAMES = (
 ELEMENTWISE = frozenset(_NAMES.split())
 # These have as many results as operands, each like its own.
 SIDE_BY_SIDE = frozenset(("optimization_barrier", "device_put", "sharding_constraint", "pvary", "mesh_cast", "copy"))
+
+
+_MOST_PARTS = 16  # of an axis that is taken apart into places with neurons of their own
 
 
 def elementwise(eqn: Any, operands: list[Words]) -> list[Words]:
@@ -290,10 +295,12 @@ def slicing(eqn: Any, operands: list[Words]) -> list[Words]:
     x, params = operands[0], eqn.params
     shape = eqn.invars[0].aval.shape
     strides = params["strides"] or (1,) * len(shape)
+    starts, stops = params["start_indices"], params["limit_indices"]
+    for axis, n in enumerate(shape):
+        if stops[axis] - starts[axis] == 1 < n <= _MOST_PARTS:
+            x = _at_place(x, axis, starts[axis], eqn.primitive.name)
     words = []
-    for word, n, start, stop, stride in zip(
-        x, shape, params["start_indices"], params["limit_indices"], strides, strict=True
-    ):
+    for word, n, start, stop, stride in zip(x, shape, starts, stops, strides, strict=True):
         if stride != 1 and not is_uniform(word):
             words.append(_fixed(word, -(-(stop - start) // stride), f"{eqn.primitive.name} with stride {stride}"))
         else:
@@ -303,6 +310,22 @@ def slicing(eqn: Any, operands: list[Words]) -> list[Words]:
                 else uniform(-(-(stop - start) // stride))
             )
     return [tuple(words)]
+
+
+def _at_place(x: Words, axis: int, place: int, reason: str) -> Words:
+    """The words at one place of an axis whose places are taken apart (query, key and value of a fused projection).
+
+    What the other axes hold may then move in another way at each place.
+    """
+    factors = resolve(x[axis])
+    rest = [word for i, word in enumerate(x) if i != axis]
+    if len(factors) != 1 or not isinstance(factors[0], Letter) or not factors[0].is_plain:
+        return x
+    along = factors[0]
+    if along.reason and not any(is_stacked(word, along) for word in rest):
+        return x
+    along.reason = along.reason or reason
+    return tuple(word if i == axis else slices_of(word, along)[place] for i, word in enumerate(x))
 
 
 def splitting(eqn: Any, operands: list[Words]) -> list[Words]:

@@ -322,6 +322,8 @@ def _at_place(x: Words, axis: int, place: int, reason: str) -> Words:
     if len(factors) != 1 or not isinstance(factors[0], Letter) or not factors[0].is_plain:
         return x
     along = factors[0]
+    if all(is_pinned(word) or is_uniform(word) for word in rest):
+        return x
     if along.reason and not any(is_stacked(word, along) for word in rest):
         return x
     along.reason = along.reason or reason

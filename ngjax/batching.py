@@ -58,8 +58,9 @@ def budget_for(specs: Sequence[NeuralGraphSpec], graphs: int, *, multiple: int =
 def batch_graphs(graphs: Sequence[jraph.GraphsTuple], budget: GraphBudget) -> jraph.GraphsTuple:
     """One padded `GraphsTuple` of the budget's size, real graphs first.
 
-    Kernels are centred in the largest kernel grid of the batch. Where the batch has room for another graph, all padding
-    nodes and edges belong to the first padding graph, which is jraph's convention. Works under `jit`.
+    Kernels are centred in the largest kernel grid of the batch, and loose scalars padded to the largest number. Where
+    the batch has room for another graph, all padding nodes and edges belong to the first padding graph, which is
+    jraph's convention. Works under `jit`.
 
     Args:
       graphs: from `to_graph`, one network each, without leading batch axes.
@@ -75,13 +76,13 @@ def batch_graphs(graphs: Sequence[jraph.GraphsTuple], budget: GraphBudget) -> jr
     sizes = [(graph.nodes.mask.shape[0], graph.edges.mask.shape[0]) for graph in graphs]
     _check_budget(sizes, budget)
     _check_same("features per scalar", [graph.nodes.features.shape[-1] for graph in graphs])
-    _check_same("loose scalars", [graph.globals.loose.shape[-2] for graph in graphs])
 
     num_graphs = len(graphs)
     num_nodes, num_edges = (sum(column) for column in zip(*sizes, strict=True))
     offsets = [sum(n for n, _ in sizes[:i]) for i in range(num_graphs)]
     spare_nodes, spare_edges = budget.nodes - num_nodes, budget.edges - num_edges
     spare_graphs = budget.graphs - num_graphs
+    most_loose = max(graph.globals.loose.shape[-2] for graph in graphs)
     grid = tuple(max(graph.edges.offsets.shape[axis] for graph in graphs) for axis in range(3))
     with jax.numpy_dtype_promotion("standard"):  # one dtype that holds all, also for users who forbid promotion
         dtype = jnp.result_type(*(graph.nodes.features.dtype for graph in graphs))
@@ -119,7 +120,7 @@ def batch_graphs(graphs: Sequence[jraph.GraphsTuple], budget: GraphBudget) -> jr
         senders=jnp.concatenate([*(g.senders + o for g, o in zip(graphs, offsets, strict=True)), idle]),
         receivers=jnp.concatenate([*(g.receivers + o for g, o in zip(graphs, offsets, strict=True)), idle]),
         globals=GlobalData(
-            loose=pad_rows([graph.globals.loose for graph in graphs], spare_graphs),
+            loose=pad_rows([_padded_loose(graph, most_loose) for graph in graphs], spare_graphs),
             mask=real,
             node_index=jnp.minimum(index, budget.nodes - 1),
         ),
@@ -144,7 +145,7 @@ def unbatch_graphs(batch: jraph.GraphsTuple, graphs: Sequence[jraph.GraphsTuple]
         num_nodes, num_edges = graph.nodes.mask.shape[0], graph.edges.mask.shape[0]
         nodes = batch.nodes.features[node_start : node_start + num_nodes]
         edges = _from_grid(batch.edges.features[edge_start : edge_start + num_edges], graph, grid)
-        globals_ = graph.globals._replace(loose=batch.globals.loose[i : i + 1])
+        globals_ = graph.globals._replace(loose=batch.globals.loose[i : i + 1, : graph.globals.loose.shape[-2]])
         singles.append(
             graph._replace(
                 nodes=graph.nodes._replace(features=nodes),
@@ -180,6 +181,12 @@ def _check_budget(sizes: list[tuple[int, int]], budget: GraphBudget) -> None:
 def _check_same(what: str, received: list[int]) -> None:
     if len(set(received)) > 1:
         raise ValueError(f"graphs of one batch need the same number of {what}; received {received}")
+
+
+def _padded_loose(graph: jraph.GraphsTuple, most: int) -> Array:
+    """`[1, S, F]` with zeros behind, `[1, most, F]`."""
+    loose = graph.globals.loose
+    return jnp.pad(loose, [(0, 0), (0, most - loose.shape[-2]), (0, 0)])
 
 
 def _to_grid(array: Array, graph: jraph.GraphsTuple, grid: tuple[int, ...]) -> Array:

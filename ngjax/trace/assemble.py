@@ -25,7 +25,20 @@ from ngjax.spec import (
     format_path,
     param_view,
 )
-from ngjax.trace.axes import Letter, Uniform, Word, at, collapse, find, is_pinned, is_uniform, pin, places, resolve
+from ngjax.trace.axes import (
+    Letter,
+    Uniform,
+    Word,
+    at,
+    collapse,
+    find,
+    is_pinned,
+    is_uniform,
+    letters_of,
+    pin,
+    places,
+    resolve,
+)
 from ngjax.trace.neurons import Link, Neurons, restricted
 from ngjax.trace.program import Contraction, Program
 from ngjax.trace.rules import Words
@@ -600,24 +613,15 @@ def _letter_names(pieces: Sequence[Piece], params: Sequence[ParamSpec], words: S
     """Free letters are called after the neurons that they shuffle, else after the first parameter that has them."""
     names: dict[Letter, str] = {}
     for piece in pieces:
-        found = list(dict.fromkeys(_plain(piece.word)))
+        found = list(dict.fromkeys(letters_of(piece.word)))
         for i, item in enumerate(found):
             names.setdefault(item, piece.name if len(found) == 1 else f"{piece.name}[{i}]")
     for param, axes in zip(params, words, strict=True):
         path = format_path(param.path)
         for axis, word in enumerate(axes):
-            for item in _plain(word):
+            for item in letters_of(word):
                 names.setdefault(item, f"{path}:{axis}")
     return names
-
-
-def _plain(word: Word) -> Iterator[Letter]:
-    for factor in resolve(word):
-        if isinstance(factor, Letter):
-            if factor.is_plain:
-                yield factor
-            for part in factor.parts or factor.slices or ():
-                yield from _plain(part)
 
 
 class _Actions:

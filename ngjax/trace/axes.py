@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 
@@ -423,6 +423,16 @@ def collapse(root: Letter, reason: str) -> None:
         merged = unify(merged, other, reason)
     root.slices, root.along = None, None
     root.factors = merged
+
+
+def letters_of(word: Word) -> Iterator[Letter]:
+    """The plain letters that the word is made of."""
+    for factor in resolve(word):
+        if isinstance(factor, Letter):
+            if factor.is_plain:
+                yield factor
+            for part in factor.parts or factor.slices or ():
+                yield from letters_of(part)
 
 
 def places(word: Word) -> Counter[Letter]:

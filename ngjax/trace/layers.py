@@ -119,7 +119,8 @@ class Layers:
                     old = ()
                 elif all(_moved_ids(eqn, ids) is not None for ids in old):
                     old = self.settled(operands[0])
-            labels = tuple(ids for ids in (_moved_ids(eqn, ids) for ids in old) if ids is not None)
+            moved = (_moved_ids(eqn, ids) for ids in old)
+            labels = tuple(ids for ids in moved if ids is not None and ids.size)
             if name in _SUMS:
                 flow = Acts(labels)
             for ids in labels:

@@ -11,7 +11,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from ngjax.trace import rules, scalars
-from ngjax.trace.axes import Letter, find, letter, size_of, slices_of, uniform, unify, with_letters
+from ngjax.trace.axes import Letter, find, letter, letters_of, size_of, slices_of, uniform, unify, with_letters
 from ngjax.trace.layers import Acts, Flow, Layers, Value, Weights
 from ngjax.trace.rewrites import as_jaxpr, rewritten
 from ngjax.trace.rules import Words
@@ -21,6 +21,8 @@ from ngjax.trace.weights import (
     squeezed,
 )
 
+# Primitives whose results hold each place of an operand by itself, or not at all.
+_MOVES = frozenset(("slice", "split", "reshape", "transpose", "squeeze", "broadcast_in_dim", "concatenate"))
 _MOST_INDICES = 64  # in an index vector whose entries are followed
 
 
@@ -87,18 +89,20 @@ class Program:
             return self.run(*_opened(jaxpr), [operands[i] for i in taken])
         rule = rules.RULES.get(name, rules.unknown)
         words = rule(eqn, [value.words for value in operands])
-        self.record_sums(eqn, operands)
+        self.record_mixing(eqn, operands, words)
         if all(value.flow is None for value in operands):
             return [Value(w, None, _number(eqn, operands)) for w in words]
         return [Value(w, f) for w, f in zip(words, self.layers.flows(eqn, operands, words), strict=True)]
 
-    def record_sums(self, eqn: Any, operands: list[Value]) -> None:
-        """What a sum reads together, and what it leaves of each operand.
+    def record_mixing(self, eqn: Any, operands: list[Value], words: Sequence[Words]) -> None:
+        """What a sum reads together, and what is left of an operand without the axes whose places are mixed.
 
-        The latter because an axis of the result may move as a summed one does and still be another axis: what depends
-        on the place along the one does not depend on the place along the other.
+        The latter because an axis of the result may move as a mixed one does and still be another axis: what depends on
+        the place along the one does not depend on the place along the other.
         """
         name = eqn.primitive.name
+        if name in rules.ELEMENTWISE or name in _MOVES:
+            return
         if name == "dot_general":
             x, y = (value.words for value in operands)
             left, right, left_batch, _ = rules.contraction(eqn)
@@ -107,14 +111,13 @@ class Program:
             rest = [tuple(w for i, w in enumerate(words) if i not in axes) for words, axes in ((x, left), (y, right))]
         elif name == "conv_general_dilated":
             numbers = eqn.params["dimension_numbers"]
-            features = numbers.lhs_spec[1]
-            kernel = (operands[1].words[numbers.rhs_spec[0]],)
-            rest = [tuple(w for i, w in enumerate(operands[0].words) if i != features), kernel]
+            rest = [(operands[0].words[numbers.lhs_spec[0]],), (operands[1].words[numbers.rhs_spec[0]],)]
         elif name == "gather":
             numbers = eqn.params["dimension_numbers"]
             rest = [tuple(w for i, w in enumerate(operands[0].words) if i not in numbers.collapsed_slice_dims)]
         else:
-            return
+            kept = {item for result in words for word in result for item in letters_of(word)}
+            rest = [tuple(word for word in value.words if kept.intersection(letters_of(word))) for value in operands]
         self.arrays += [words for words in rest if words]
 
     # -- control flow -------------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 
-from ngjax.chains import infer_spec, mlp_spec
+import ngjax
+from ngjax.actions import index_array
+from ngjax.chains import cnn_spec, infer_spec, mlp_spec
 from ngjax.graph import to_graph, to_params
-from ngjax.spec import NeuralGraphSpec, format_path
+from ngjax.spec import NeuralGraphSpec, format_path, pad_kernel_shape
+from ngjax.trace import trace_spec
 
 SIZES = (3, 5, 4, 2)
 
@@ -176,6 +179,70 @@ def test_mlp_spec_takes_sizes_of_numpy_and_a_dtype():
     assert NeuralGraphSpec.from_json(spec.to_json()) == spec
 
 
+# -- cnn_spec ----------------------------------------------------------------------------------------------------------
+
+
+def test_cnn_spec_describes_the_layers():
+    spec = cnn_spec((3, 16, 32), kernel_size=(5, 3), dense=(64, 10), positions=49, activation="gelu")
+    assert [(g.name, g.size, g.role, g.level, g.activation, g.slots) for g in spec.node_groups] == [
+        ("input", 3, "input", 0, "none", 3),
+        ("hidden_1", 16, "hidden", 1, "gelu", 1),
+        ("hidden_2", 32, "hidden", 2, "gelu", 1),
+        ("hidden_3", 64, "hidden", 3, "gelu", 1),
+        ("output", 10, "output", 4, "none", 10),
+    ]
+    assert [(g.name, g.source, g.target, g.kernel_shape) for g in spec.edge_groups] == [
+        ("layer_0/kernel", "input", "hidden_1", (5, 3)),
+        ("layer_1/kernel", "hidden_1", "hidden_2", (5, 3)),
+        ("layer_2/kernel", "hidden_2", "hidden_3", (49,)),
+        ("layer_3/kernel", "hidden_3", "output", ()),
+    ]
+    shapes = {format_path(param.path): param.shape for param in spec.params}
+    assert shapes["layer_0/kernel"] == (5, 3, 3, 16)
+    assert shapes["layer_2/kernel"] == (49 * 32, 64)
+    assert shapes["layer_3/bias"] == (10,)
+    flattened = spec.symmetry["layer_2"]["kernel"][0]
+    assert spec.action[flattened].parts == ("layer_2/kernel:positions", "hidden_2")
+    assert spec.symmetry["layer_1"] == {"bias": ("hidden_2",), "kernel": (None, None, "hidden_1", "hidden_2")}
+    assert NeuralGraphSpec.from_json(spec.to_json()) == spec
+
+
+def test_cnn_spec_takes_a_kernel_shape_for_each_convolution():
+    spec = cnn_spec((1, 4, 5), kernel_size=[(5,), (3,)], dtype=jnp.bfloat16)
+    assert [param.shape for param in spec.params] == [(4,), (5, 1, 4), (5,), (3, 4, 5)]
+    assert [g.role for g in spec.node_groups] == ["input", "hidden", "output"]
+    assert {param.dtype for param in spec.params} == {"bfloat16"}
+
+
+def test_cnn_spec_has_more_than_ten_layers_in_order():
+    spec = cnn_spec(range(1, 9), kernel_size=(3, 3), dense=range(9, 14))
+    assert shapes_by_layer(spec) == list(itertools.pairwise(range(1, 14)))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, r"at least two numbers of channels.*received \(3,\)", {"channels": (3,)}),
+        (ValueError, r"at least two numbers of channels.*received \(3, 0\)", {"channels": (3, 0)}),
+        (ValueError, r"one for each of 2 convolutions; received \[\(3, 3\)\]", {"kernel_size": [(3, 3)]}),
+        (ValueError, r"one for each of 2 convolutions; received \[\(3, 3\), 3\]", {"kernel_size": [(3, 3), 3]}),
+        (ValueError, r"one to three spatial axes.*received \[\(3, 0\)", {"kernel_size": (3, 0)}),
+        (ValueError, r"one to three spatial axes.*received \[\(3, 3, 3, 3\)", {"kernel_size": (3, 3, 3, 3)}),
+        (ValueError, r"one to three spatial axes.*received \[\(\)", {"kernel_size": ()}),
+        (ValueError, r"as many in all.*received \[\(3, 3\), \(3,\)\]", {"kernel_size": [(3, 3), (3,)]}),
+        (TypeError, r"kernel.size", {"kernel_size": 3}),
+        (TypeError, "float", {"kernel_size": (3, 2.5)}),
+        (ValueError, r"positive widths.*dense=\(8, 0\)", {"dense": (8, 0)}),
+        (ValueError, r"positive widths.*positions=0", {"dense": (8,), "positions": 0}),
+        (ValueError, r"positions=4 without dense", {"positions": 4}),
+        (ValueError, r"unknown activation 'rleu'", {"activation": "rleu"}),
+    ],
+)
+def test_cnn_spec_refuses(error, message, arguments):
+    with pytest.raises(error, match=message):
+        cnn_spec(**({"channels": (3, 4, 5), "kernel_size": (3, 3)} | arguments))
+
+
 # -- infer_spec --------------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +350,7 @@ def test_infer_spec_leaves_integers_and_keys_without_a_home():
         ),
         (
             lambda p: p | {"conv": {"kernel": np.ones((3, 3, 1, 8), np.float32)}},
-            r"conv/kernel \(3, 3, 1, 8\) is not.*trace",
+            r"conv/kernel has 8 outputs, but layer_0/kernel has 3 inputs, which is no multiple.*trace",
         ),
         (lambda p: p | {"norm": {"scale": np.ones(5, np.float32)}}, r"norm/scale \(5,\) is not the kernel or bias"),
         (lambda p: p | {"temperature": np.float32(1.0)}, r"temperature \(\) is not"),
@@ -323,3 +390,398 @@ def test_infer_spec_refuses_leaves_that_are_no_real_arrays(leaf, message):
 def test_infer_spec_refuses_an_unknown_activation():
     with pytest.raises(ValueError, match="unknown activation 'Relu'"):
         infer_spec(dense(), activation="Relu")
+
+
+# -- agreement with the trace ------------------------------------------------------------------------------------------
+
+
+def corresponding(spec, other):
+    """From each free permutation of one spec to that of the other which stands on the same axes."""
+    found = {}
+    for ours, theirs in zip(spec.params, other.params, strict=True):
+        assert (ours.path, ours.shape, ours.dtype) == (theirs.path, theirs.shape, theirs.dtype)
+        assert [spec.is_free(id) for id in ours.axes] == [other.is_free(id) for id in theirs.axes], ours.path
+        for a, b in zip(ours.axes, theirs.axes, strict=True):
+            if spec.action[a].kind == "permutation":
+                assert found.setdefault(a, b) == b
+    assert len(set(found.values())) == len(found)
+    for item in (spec, other):
+        assert sum(action.kind == "permutation" for action in item.actions) == len(found)
+    return found
+
+
+def permuted(spec, perms, params):
+    """Like `permute_params`, without a program for each spec: nothing here depends on the place along another axis."""
+    moved = []
+    for param, leaf in zip(spec.params, spec.flatten(params), strict=True):
+        places = [index_array(spec.action, perms, id) for id in param.axes]
+        moved.append(np.asarray(leaf)[np.ix_(*places)])
+    return moved
+
+
+def assert_same_graph(spec, other, params):
+    """Same neurons, same homes, same symmetry: everything but names."""
+    ids, rng = corresponding(spec, other), np.random.default_rng(0)
+    perms = {id: rng.permutation(spec.action[id].size) for id in ids}
+    ours = permuted(spec, perms, params)
+    theirs = permuted(other, {ids[id]: perm for id, perm in perms.items()}, params)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    fields = ("size", "role", "level", "activation", "slots")
+    for a, b in zip(spec.node_groups, other.node_groups, strict=True):
+        assert [getattr(a, name) for name in fields] == [getattr(b, name) for name in fields]
+    for a, b in zip(spec.edge_groups, other.edge_groups, strict=True):
+        assert pad_kernel_shape(a.kernel_shape) == pad_kernel_shape(b.kernel_shape)
+        assert (spec.node_slices[a.source], spec.node_slices[a.target]) == (
+            other.node_slices[b.source],
+            other.node_slices[b.target],
+        )
+    ours, theirs = ngjax.to_groups(spec, params), ngjax.to_groups(other, params)
+    np.testing.assert_array_equal(ours.nodes, theirs.nodes)
+    for a, b in zip(ours.edges, theirs.edges, strict=True):
+        np.testing.assert_array_equal(np.ravel(a), np.ravel(b))
+
+
+def numbered(shapes):
+    """Weights of these shapes, no two of them equal."""
+    leaves, treedef = jax.tree.flatten(shapes)
+    starts = np.cumsum([0, *(leaf.size for leaf in leaves)])
+    arrays = [
+        np.arange(start, start + leaf.size, dtype=np.float32).reshape(leaf.shape)
+        for start, leaf in zip(starts, leaves, strict=False)
+    ]
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def convolve(x, kernel, layout):
+    axes = "DHW"[3 - (x.ndim - 2) :]
+    space = f"N{axes}C" if layout == "channels last" else f"NC{axes}"
+    kernels = f"{axes}IO" if layout == "channels last" else f"OI{axes}"
+    return jax.lax.conv_general_dilated(x, kernel, (1,) * len(axes), "SAME", dimension_numbers=(space, kernels, space))
+
+
+def plain_chain(names, *, layout="channels last", pooled=False, leaves=("kernel", "bias")):
+    """The function of a chain with flat or nested names: relu, and a flatten in front of the first dense layer."""
+    kernel_name, bias_name = leaves
+
+    def apply(params, x):
+        for i, name in enumerate(names):
+            layer = params[name] if name in params else {leaf: params.get(f"{name}.{leaf}") for leaf in leaves}
+            kernel, bias = layer[kernel_name], layer.get(bias_name)
+            if kernel.ndim == 2 and x.ndim > 2:
+                spatial = tuple(range(1, x.ndim - 1)) if layout == "channels last" else tuple(range(2, x.ndim))
+                x = x.mean(spatial) if pooled else x.reshape(x.shape[0], -1)
+            if kernel.ndim > 2:
+                x = convolve(x, kernel, layout)
+                bias = None if bias is None else bias.reshape(-1, *[1] * (x.ndim - 2) * (layout == "channels first"))
+            else:
+                x = x @ (kernel if layout == "channels last" else kernel.T)
+            x = x if bias is None else x + bias
+            x = x if i == len(names) - 1 else jax.nn.relu(x)
+        return x
+
+    return apply
+
+
+def plain_params(names, shapes, *, leaves=("kernel", "bias"), bias=True, flat=False):
+    kernel_name, bias_name = leaves
+    out = (lambda s: s[0]) if kernel_name == "weight" else (lambda s: s[-1])
+    layers = {
+        name: {kernel_name: shape(*sizes)} | ({bias_name: shape(out(sizes))} if bias else {})
+        for name, sizes in zip(names, shapes, strict=True)
+    }
+    if flat:
+        return {f"{name}.{leaf}": array for name, layer in layers.items() for leaf, array in layer.items()}
+    return layers
+
+
+def linen_case(module, *inputs):
+    return module.apply, jax.eval_shape(module.init, jax.random.key(0), *inputs), inputs
+
+
+class LinenMLP(nn.Module):
+    sizes: tuple
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        for n in self.sizes[:-1]:
+            x = nn.relu(nn.Dense(n, use_bias=self.use_bias)(x))
+        return nn.Dense(self.sizes[-1], use_bias=self.use_bias)(x)
+
+
+class LinenCNN(nn.Module):
+    channels: tuple
+    dense: tuple
+    kernel: tuple = (3, 3)
+    pooled: bool = False
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        for n in self.channels:
+            x = nn.relu(nn.Conv(n, self.kernel, use_bias=self.use_bias)(x))
+        x = x.mean(tuple(range(1, x.ndim - 1))) if self.pooled else x.reshape(x.shape[0], -1)
+        return LinenMLP(self.dense, name="head")(x)
+
+
+def nnx_case(make, x):
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return lambda params, x: nnx.merge(graph, params)(x), state, (x,)
+
+
+class NnxCNN(nnx.Module):
+    def __init__(self, rngs):
+        self.conv1 = nnx.Conv(1, 3, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(3, 4, (2, 2), rngs=rngs)
+        self.linear1 = nnx.Linear(4 * 6, 5, rngs=rngs)
+        self.linear2 = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.conv2(nnx.relu(self.conv1(x))))
+        return self.linear2(nnx.relu(self.linear1(x.reshape(x.shape[0], -1))))
+
+
+class NnxMLP(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise((3, 4, 4, 4, 2))])
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def haiku_case(function, x):
+    network = hk.without_apply_rng(hk.transform(function))
+    return network.apply, jax.eval_shape(network.init, jax.random.key(0), x), (x,)
+
+
+def haiku_cnn(x, data_format="NHWC"):
+    for n in (3, 4):
+        x = jax.nn.relu(hk.Conv2D(n, 3, data_format=data_format)(x))
+    x = jax.nn.relu(hk.Linear(5)(hk.Flatten()(x)))
+    return hk.Linear(2)(x)
+
+
+def equinox_case(make, x):
+    arrays, static = eqx.partition(make(jax.random.key(0)), eqx.is_inexact_array)
+    return lambda arrays, x: jax.vmap(eqx.combine(arrays, static))(x), arrays, (x,)
+
+
+def equinox_cnn(key):
+    return eqx.nn.Sequential(
+        [
+            eqx.nn.Conv2d(1, 3, 3, key=key),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.Conv2d(3, 4, 2, key=key),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.Linear(4 * 6, 5, key=key),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.Linear(5, 2, key=key),
+        ]
+    )
+
+
+def plain_case(names, shapes, x, *, leaves=("kernel", "bias"), bias=True, flat=False, **kwargs):
+    layout = "channels first" if leaves[0] == "weight" else "channels last"
+    params = plain_params(names, shapes, leaves=leaves, bias=bias, flat=flat)
+    return plain_chain(names, layout=layout, leaves=leaves, **kwargs), params, (x,)
+
+
+TORCH = ("weight", "bias")
+DEEP = [f"Dense_{i}" for i in range(12)]
+CASES = {
+    "Linen MLP": lambda: linen_case(LinenMLP((4, 5, 2)), shape(6, 3)),
+    "Linen MLP, equal widths": lambda: linen_case(LinenMLP((4, 4, 4, 4)), shape(6, 4)),
+    "Linen MLP, no biases": lambda: linen_case(LinenMLP((4, 4, 2), use_bias=False), shape(6, 3)),
+    "Linen MLP, width 1": lambda: linen_case(LinenMLP((1, 4, 1, 1)), shape(6, 2)),
+    "Linen MLP, one layer": lambda: linen_case(LinenMLP((4,)), shape(6, 3)),
+    "Linen MLP, 12 layers": lambda: linen_case(LinenMLP((3,) * 11 + (2,)), shape(6, 4)),
+    "NNX MLP": lambda: nnx_case(NnxMLP, shape(6, 3)),
+    "Haiku MLP": lambda: haiku_case(lambda x: hk.nets.MLP((4, 4, 2))(x), shape(6, 3)),
+    "Haiku MLP, 12 layers, no biases": lambda: haiku_case(
+        lambda x: hk.nets.MLP((3,) * 11 + (2,), with_bias=False)(x), shape(6, 4)
+    ),
+    "Equinox MLP": lambda: equinox_case(lambda key: eqx.nn.MLP(3, 2, 4, 2, key=key), shape(6, 3)),
+    "Equinox MLP, no biases": lambda: equinox_case(
+        lambda key: eqx.nn.MLP(3, 1, 1, 3, use_bias=False, use_final_bias=False, key=key), shape(6, 3)
+    ),
+    "plain MLP, unlike names": lambda: plain_case(["first", "last"], [(3, 4), (4, 2)], shape(6, 3)),
+    "plain MLP, 12 layers": lambda: plain_case(DEEP, [(4, 3)] + [(3, 3)] * 10 + [(3, 2)], shape(6, 4)),
+    "PyTorch MLP": lambda: plain_case(
+        ["net.0", "net.2", "net.10"], [(4, 3), (4, 4), (2, 4)], shape(6, 3), leaves=TORCH, flat=True
+    ),
+    "Linen CNN": lambda: linen_case(LinenCNN((3, 4), (5, 2)), shape(6, 2, 3, 1)),
+    "Linen CNN, pooled": lambda: linen_case(LinenCNN((3, 4), (5, 2), pooled=True), shape(6, 2, 3, 1)),
+    "Linen CNN, no biases": lambda: linen_case(LinenCNN((3, 4), (5, 2), use_bias=False), shape(6, 2, 3, 1)),
+    "Linen CNN, 1D": lambda: linen_case(LinenCNN((3, 4), (5, 2), kernel=(3,)), shape(6, 7, 1)),
+    "Linen CNN, 3D": lambda: linen_case(LinenCNN((3, 4), (2,), kernel=(1, 2, 3)), shape(2, 2, 2, 3, 2)),
+    "Linen CNN, one channel": lambda: linen_case(LinenCNN((3, 1, 4), (5,), kernel=(1, 1)), shape(6, 2, 3, 2)),
+    "NNX CNN": lambda: nnx_case(NnxCNN, shape(6, 2, 3, 1)),
+    "Haiku CNN": lambda: haiku_case(haiku_cnn, shape(6, 2, 3, 1)),
+    "Haiku CNN, channels first": lambda: haiku_case(
+        functools.partial(haiku_cnn, data_format="NCHW"), shape(6, 1, 2, 3)
+    ),
+    "Equinox CNN": lambda: equinox_case(equinox_cnn, shape(6, 1, 5, 6)),
+    "plain CNN without dense layers": lambda: plain_case(
+        ["layer_0", "layer_1"], [(3, 3, 2, 4), (2, 2, 4, 3)], shape(6, 4, 4, 2)
+    ),
+    "PyTorch CNN": lambda: plain_case(
+        ["features.0", "features.3", "classifier.1", "classifier.4"],
+        [(4, 1, 3, 3), (4, 4, 3, 3), (5, 24), (2, 5)],
+        shape(6, 1, 2, 3),
+        leaves=TORCH,
+        flat=True,
+    ),
+    "PyTorch CNN, pooled, no biases": lambda: plain_case(
+        ["conv1", "conv2", "fc"],
+        [(4, 1, 3, 3), (4, 4, 3, 3), (2, 4)],
+        shape(6, 1, 2, 3),
+        leaves=TORCH,
+        bias=False,
+        pooled=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_infer_spec_agrees_with_the_trace(case):
+    apply, shapes, inputs = CASES[case]()
+    params = numbered(shapes)
+    assert_same_graph(infer_spec(params, activation="relu"), trace_spec(apply, params, *inputs), params)
+
+
+@pytest.mark.parametrize(
+    ("spec", "inputs", "pooled"),
+    [
+        (cnn_spec((2, 4, 5), kernel_size=(3, 3), dense=(6, 3), positions=12), (1, 3, 4, 2), False),
+        (cnn_spec((2, 4, 5), kernel_size=[(3, 3), (1, 2)], dense=(6, 3)), (1, 3, 4, 2), True),
+        (cnn_spec((1, 4), kernel_size=(3,), dense=(3,), positions=5), (1, 5, 1), False),
+        (cnn_spec((1, 4, 1), kernel_size=(2, 2, 2)), (1, 2, 3, 4, 1), False),
+        (mlp_spec((3, 4, 1, 4, 2)), (1, 3), False),
+    ],
+)
+def test_described_specs_agree_with_the_trace(spec, inputs, pooled):
+    names = [f"layer_{i}" for i in range(len(spec.edge_groups))]
+    params = numbered(spec.unflatten([shape(*param.shape) for param in spec.params]))
+    assert infer_spec(params) == spec
+    assert_same_graph(spec, trace_spec(plain_chain(names, pooled=pooled), params, shape(*inputs)), params)
+
+
+def test_a_model_reads_the_same_with_the_inferred_and_the_traced_spec():
+    apply, shapes, inputs = CASES["Equinox CNN"]()
+    params = jax.tree.map(lambda leaf: np.sin(leaf), numbered(shapes))
+    specs = infer_spec(params), trace_spec(apply, params, *inputs)
+    graphs = [to_graph(spec, params) for spec in specs]
+    assert jax.tree.structure(graphs[0]) == jax.tree.structure(graphs[1])
+    jax.tree.map(np.testing.assert_array_equal, *graphs)
+    model = ngjax.WeightSpaceModel(ngjax.NGGNN(features=8, num_layers=2), ngjax.GraphReadout(features=3))
+    variables = jax.jit(model.init, static_argnames="spec")(
+        jax.random.key(1), ngjax.to_groups(specs[0], params), spec=specs[0]
+    )
+    run = jax.jit(model.apply, static_argnames="spec")
+    first, second = (run(variables, ngjax.to_groups(spec, params), spec=spec) for spec in specs)
+    assert np.ptp(first) > 0
+    np.testing.assert_array_equal(first, second)
+
+
+# -- what names and shapes do not tell ---------------------------------------------------------------------------------
+
+
+def layers(kernel="kernel", bias=True, /, **shapes):
+    return plain_params(list(shapes), list(shapes.values()), leaves=(kernel, "bias"), bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        # An autoencoder runs either way, and so do blocks whose layers have equal widths.
+        (layers(encoder=(8, 3), decoder=(3, 8)), r"whether decoder/kernel \(3, 8\) or encoder/kernel \(8, 3\) comes"),
+        (layers(a_0=(8, 4), a_1=(4, 2), b_0=(2, 4), b_1=(4, 8)), r"whether a_0/kernel.*or b_0/kernel.*comes first"),
+        (layers(down=(4, 4), up=(4, 4)), r"whether down/kernel.*or up/kernel.*comes first"),
+        (layers(layers_0=(3, 8), layers_1=(8, 8), out=(8, 8)), r"whether layers_1/kernel.*or out/kernel.*comes first"),
+        # The gates of a recurrent cell.
+        (layers(**{f"{a}{gate}": (4, 4) for a in "hi" for gate in "fgio"}), r"names do not tell whether.*comes first"),
+        # Names do not chain in natural order, whatever the shapes say.
+        (layers(trunk=(3, 4), head=(4, 2)), r"head/kernel has 2 outputs, but trunk/kernel has 3 inputs.*natural order"),
+        # Grouped, by depth, of another number of spatial axes.
+        (
+            layers(c_0=(3, 3, 2, 8), c_1=(3, 3, 1, 8)),
+            r"c_1/kernel has 1 inputs \(a convolution in 8 groups or by depth",
+        ),
+        (
+            layers(c_0=(3, 3, 2, 8), c_1=(3, 3, 4, 8)),
+            r"c_1/kernel has 4 inputs \(a convolution in 2 groups or by depth",
+        ),
+        (layers(c_0=(3, 3, 2, 8), c_1=(3, 8, 8)), r"c_0/kernel.*2 spatial axes, but c_1/kernel \(3, 8, 8\) has 1"),
+        (layers(c_0=(3, 3, 2, 8), d_0=(12, 4)), r"8 outputs, but d_0/kernel has 12 inputs, which is no multiple"),
+        # A decoder: dense layers first.
+        (
+            layers(layer_0=(5, 8), layer_1=(3, 3, 2, 4)),
+            r"the convolution layer_1/kernel.*follows the dense layer layer_0",
+        ),
+        (layers(c_0=(3, 3, 8, 1), d_0=(5, 32)), r"whether c_0/kernel.*feeds d_0/kernel.*or d_0/kernel.*feeds c_0/ker"),
+        # Flattened in an order nobody knows.
+        (
+            layers("weight", a_0=(8, 1, 3, 3)) | layers(b_0=(16, 4)),
+            r"b_0/kernel \(16, 4\) reads 2 positions of each output of a_0/weight \(8, 1, 3, 3\), in an order",
+        ),
+        (
+            layers("weight", c_0=(4, 2, 3, 3)) | layers(c_1=(3, 3, 4, 8), d_0=(8, 2)),
+            r"c_0/weight and c_1.*laid out alike",
+        ),
+        (
+            layers("weight", False, c_0=(4, 2, 3, 3)) | layers("kernel", False, c_1=(3, 3, 4, 8), d_0=(8, 2)),
+            r"c_0/weight and c_1/kernel are not laid out alike",
+        ),
+        # Networks stacked along the first axis look like convolutions of one spatial axis.
+        (layers("kernel", False, d_0=(9, 3, 4), d_1=(9, 4, 2)), r"stacked along the first axis"),
+        (layers("weight", False, d_0=(9, 4, 3)), r"stacked along the first axis"),
+        # Kernels with other axes.
+        (
+            layers(c_0=(3, 3, 1, 4), ConvTranspose_0=(3, 3, 4, 4)),
+            r"ConvTranspose_0/bias.*transposed convolution or an em",
+        ),
+        (layers("weight", False, token_embedding=(4, 4), x=(2, 4)), r"token_embedding/weight \(4, 4\) seems to belong"),
+        (layers(dense=(2, 2, 2, 2, 3, 4)), r"dense/kernel.*two to five axes"),
+        ({"dense": {"kernel": shape(3, 0)}}, r"dense/kernel \(3, 0\) is not the kernel"),
+        (
+            {"dense": {"kernel": shape(3, 4), "bias": shape(4, 1, 1)}},
+            r"dense/bias \(4, 1, 1\) is not the bias of the k",
+        ),
+        ({"attention": {"kernel": shape(8, 2, 4), "bias": shape(2, 4)}}, r"attention/bias \(2, 4\) is not"),
+        (layers(c_0=(3, 3, 1, 4)) | {"norm": {"scale": shape(4)}}, r"norm/scale \(4,\) is not"),
+    ],
+)
+def test_infer_spec_refuses_what_it_cannot_know(params, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        infer_spec(params)
+    assert "trace_spec" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "order"),
+    [
+        (layers(encoder=(8, 3), head=(3, 2)), ["encoder", "head"]),
+        (layers(conv=(3, 2, 4), conv1=(3, 4, 4), fc=(4, 8), fc_1=(8, 8)), ["conv", "conv1", "fc", "fc_1"]),
+        (layers(linear=(4, 4), linear_1=(4, 4), linear_2=(4, 4)), ["linear", "linear_1", "linear_2"]),
+        (layers(x_2=(3, 3, 1, 4), x_10=(3, 3, 4, 1), x_11=(6, 3)), ["x_2", "x_10", "x_11"]),
+        (layers(Conv_0=(3, 3, 1, 4), Dense_0=(12, 5)), ["Conv_0", "Dense_0"]),
+        (layers(**{f"block_{i}": (4, 4) for i in range(300)}), [f"block_{i}" for i in range(300)]),
+    ],
+)
+def test_infer_spec_reads_an_order_that_names_or_shapes_tell(params, order):
+    assert [group.name.split("/")[0] for group in infer_spec(params).edge_groups] == order
+
+
+def test_infer_spec_follows_the_only_order_quickly_where_there_are_many_names():
+    names = [f"{chr(97 + i)}_layer" for i in range(20)]
+    params = plain_params(names, list(itertools.pairwise(range(2, 23))))
+    assert [group.name.split("/")[0] for group in infer_spec(params).edge_groups] == names
+    with pytest.raises(ValueError, match="names do not tell"):
+        infer_spec(plain_params(names, [(4, 4)] * 20))

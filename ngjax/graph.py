@@ -146,7 +146,8 @@ def _read_groups(spec: NeuralGraphSpec, leaves: list[Any], has_features: bool, d
     def block(view: ParamView) -> Array:
         return _read_view(leaves[view.param], view).astype(dtype)
 
-    nodes = [
+    nodes = [jnp.zeros((*lead, 0, num_features), dtype)]  # a spec may have loose scalars alone
+    nodes += [
         jnp.zeros((*lead, group.size, num_features), dtype)
         if group.bias is None
         else block(group.bias).reshape(*lead, group.size, num_features)

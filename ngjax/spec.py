@@ -571,15 +571,28 @@ def path_keys(path: Path) -> tuple[Any, ...]:
     return tuple(step.key for step in path)
 
 
-def repeated_param(params: Sequence[ParamSpec], path: Path, shape: Sequence[int]) -> int | None:
-    """The number of the parameter that an output of a function is again: new running statistics, an update.
+def repeated_params(params: Sequence[ParamSpec], outputs: Sequence[tuple[Path, tuple[int, ...]]]) -> list[int | None]:
+    """For each output of a function the number of the parameter that it is again: new running statistics, an update.
 
-    It has the output's shape, and its path is the output's or the last part of it (behind the place in a tuple).
+    It has the output's shape, and its path is the output's or the last part of it (behind the place in a tuple). Places
+    in lists and tuples are no names: there, all parameters have to be outputs again.
     """
     numbers = {path_keys(param.path): i for i, param in enumerate(params)}
-    keys = path_keys(path)
-    found = next((numbers[keys[i:]] for i in range(len(keys)) if keys[i:] in numbers), None)
-    return found if found is not None and params[found].shape == tuple(shape) else None
+    shapes = {path_keys(path): tuple(shape) for path, shape in outputs}
+
+    def all_again(prefix: tuple[Any, ...]) -> bool:
+        return all(shapes.get((*prefix, *path_keys(param.path))) == param.shape for param in params)
+
+    def number(path: Path, shape: tuple[int, ...]) -> int | None:
+        keys = path_keys(path)
+        for start in range(len(keys)):
+            found = numbers.get(keys[start:])
+            if found is not None and params[found].shape == tuple(shape):
+                named = not all(isinstance(key, int) for key in keys[start:])
+                return found if named or all_again(keys[:start]) else None
+        return None
+
+    return [number(path, shape) for path, shape in outputs]
 
 
 def _summary(plain_paths: Iterable[tuple[Any, ...]]) -> str:

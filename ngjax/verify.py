@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from ngjax.spec import NeuralGraphSpec, flatten_with_path, format_path, repeated_param
+from ngjax.spec import NeuralGraphSpec, flatten_with_path, format_path, repeated_params
 from ngjax.symmetry import Permutations, permute_params, random_permutations
 
 
@@ -166,7 +166,7 @@ def _outputs(results: Any) -> tuple[list[str], list[np.ndarray]]:
 
 def _repeated(spec: NeuralGraphSpec, results: Any) -> dict[int, int]:
     """From the number of a parameter to the place among the outputs that repeats it."""
-    found = [repeated_param(spec.params, path, np.shape(value)) for path, value in flatten_with_path(results)[0]]
+    found = repeated_params(spec.params, [(path, np.shape(x)) for path, x in flatten_with_path(results)[0]])
     return {number: place for place, number in enumerate(found) if number is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -549,12 +550,14 @@ class Layers:
         axis = eqn.params["dimension"]
         shapes = [v.aval.shape for v in eqn.invars]
         if not any(isinstance(value.flow, Acts) for value in operands):
-            windows, start = [], 0
+            windows, composed, start = [], [], 0
             for value, own in zip(operands, shapes, strict=True):
                 if isinstance(value.flow, Weights):
                     windows += [shifted(window, axis, start) for window in value.flow.windows]
+                    shift = functools.partial(shifted, axis=axis, by=start)
+                    composed += [_mapped(item, shift) for item in value.flow.composed]
                 start += own[axis]
-            return Weights(tuple(windows))
+            return Weights(tuple(windows), tuple(composed))
         if any(isinstance(value.flow, Acts) and varies_any(value.flow.labels, (axis,)) for value in operands):
             pieces = []
             for value, own in zip(operands, shapes, strict=True):
@@ -675,15 +678,16 @@ def _spread_window(window: Window, places: dict[int, int], sizes: Sequence[int])
     return window._replace(axes=tuple(axes), starts=tuple(starts))
 
 
+def _mapped(item: Composed, change: Callable[[Window], Window]) -> Composed:
+    """A product of parameters with all its windows changed."""
+    first, second = (tuple(map(change, windows)) for windows in item.factors)
+    return item._replace(factors=(first, second))
+
+
 def _spread_composed(item: Composed, places: dict[int, int], sizes: Sequence[int]) -> Composed:
     """A product of parameters in an index space, its own sums behind it."""
-    own = len(places)
-    tail = {own + i: len(sizes) + i for i in range(len(item.words))}
-    first, second = (
-        tuple(_spread_window(window, places | tail, [*sizes, *item.sizes]) for window in windows)
-        for windows in item.factors
-    )
-    return item._replace(factors=(first, second))
+    tail = {len(places) + i: len(sizes) + i for i in range(len(item.words))}
+    return _mapped(item, lambda window: _spread_window(window, places | tail, [*sizes, *item.sizes]))
 
 
 def _in_order(item: Composed, contracted: Sequence[int]) -> list[tuple[tuple[Window, ...], tuple[Window, ...]]]:
@@ -697,16 +701,14 @@ def _in_order(item: Composed, contracted: Sequence[int]) -> list[tuple[tuple[Win
 def _repeated(item: Composed, shape: tuple[int, ...], old: tuple[int, ...]) -> Composed:
     """A product of parameters in an array that it is broadcast to."""
     new, own = (*shape, *item.sizes), (*old, *item.sizes)
-    first, second = (tuple(broadcast(w, new, range(len(new)), own) for w in windows) for windows in item.factors)
-    return item._replace(factors=(first, second))
+    return _mapped(item, lambda window: broadcast(window, new, range(len(new)), own))
 
 
 def _moved_composed(eqn: Any, item: Composed, shape: tuple[int, ...]) -> Composed:
     """A product of parameters after a transposition."""
     order = eqn.params["permutation"]
     order = (*order, *range(len(order), len(order) + len(item.words)))
-    first, second = (tuple(transposed(window, order) for window in windows) for windows in item.factors)
-    return item._replace(factors=(first, second))
+    return _mapped(item, lambda window: transposed(window, order))
 
 
 def _moved_windows(eqn: Any, windows: Sequence[Window], shape: tuple[int, ...]) -> tuple[Window, ...]:

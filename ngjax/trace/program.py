@@ -62,7 +62,7 @@ class Program:
                 return _constant(atom.val)
             return env[atom]
 
-        for eqn in live_equations(jaxpr):
+        for eqn in live_equations(jaxpr)[0]:
             plain = Equation(eqn.primitive, _plain_params(eqn.params), eqn.invars, eqn.outvars)
             results = self.equation(plain, [read(atom) for atom in eqn.invars])
             for var, value in zip(eqn.outvars, results, strict=True):
@@ -90,6 +90,8 @@ class Program:
         rule = rules.RULES.get(name, rules.unknown)
         words = rule(eqn, [value.words for value in operands])
         self.record_mixing(eqn, operands, words)
+        if not words:  # an effect (printing), which the rule has pinned
+            return []
         if all(value.flow is None for value in operands):
             return [Value(w, None, _number(eqn, operands)) for w in words]
         return [Value(w, f) for w, f in zip(words, self.layers.flows(eqn, operands, words), strict=True)]
@@ -226,15 +228,29 @@ class Program:
         return carry + out
 
 
-def live_equations(jaxpr: Any) -> list[Any]:
-    """The equations whose results are used, or that have effects: what is not used pins nothing."""
+def live_equations(jaxpr: Any) -> tuple[list[Any], set[int]]:
+    """The equations whose results are used, or that have effects, and all that is used: what is not pins nothing.
+
+    By `id`, because literals have no hash.
+    """
     used = {id(atom) for atom in jaxpr.outvars}
     live = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or any(id(var) in used for var in eqn.outvars):
             live.append(eqn)
-            used.update(map(id, eqn.invars))
-    return live[::-1]
+            used.update(id(atom) for atom, is_used in zip(eqn.invars, _used_operands(eqn), strict=True) if is_used)
+    return live[::-1], used
+
+
+def _used_operands(eqn: Any) -> list[bool]:
+    """Which operands a call or a branch uses; others use all."""
+    called = _called(eqn)
+    jaxprs = [called[0]] if called is not None else [_opened(b)[0] for b in eqn.params.get("branches", ())]
+    if not jaxprs:
+        return [True] * len(eqn.invars)
+    found = [(jaxpr, live_equations(jaxpr)[1]) for jaxpr in jaxprs]
+    flags = [any(id(jaxpr.invars[i]) in used for jaxpr, used in found) for i in range(len(jaxprs[0].invars))]
+    return [True] * (len(eqn.invars) - len(flags)) + flags
 
 
 # Primitives that do nothing but call a jaxpr with their operands.

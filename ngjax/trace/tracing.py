@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ngjax.spec import NeuralGraphSpec, ParamSpec, flatten_with_path, format_path, path_keys, repeated_param
+from ngjax.spec import NeuralGraphSpec, ParamSpec, flatten_with_path, format_path, path_keys, repeated_params
 from ngjax.trace.assemble import assemble
 from ngjax.trace.axes import letter, pin, unify
 from ngjax.trace.layers import Acts, Layers, Value, Weights
 from ngjax.trace.program import Program, live_equations
 from ngjax.trace.rules import Words
 from ngjax.trace.weights import whole
+
+# Raised where Python asks an abstract array for its values.
+_CONCRETE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 
 
 def trace_spec(
@@ -42,7 +50,8 @@ def trace_spec(
 
     Raises:
       TypeError: complex parameters, or an output that is no array.
-      ValueError: no floating parameters; a function whose control flow depends on values.
+      ValueError: no floating parameters; one without entries; a function whose control flow depends on values; carries
+        that are not among the inputs and results, or differ in shape.
     """
     pairs, treedef = flatten_with_path(params)
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for _, leaf in pairs]
@@ -55,6 +64,8 @@ def trace_spec(
                 f"parameter {format_path(path)} is {leaf.dtype}: split it into real and imaginary leaves, which have a "
                 "place in a neural graph"
             )
+        if array and 0 in leaf.shape:
+            raise ValueError(f"parameter {format_path(path)} {tuple(leaf.shape)} has no entries: leave it out")
     if not any(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays):
         raise ValueError("expected a pytree with at least one floating parameter, received none")
 
@@ -67,7 +78,7 @@ def trace_spec(
 
     try:
         closed, out_shapes = jax.make_jaxpr(function, return_shape=True)(arrays, inputs)
-    except jax.errors.TracerBoolConversionError as error:
+    except _CONCRETE as error:
         raise ValueError(
             "the function's control flow depends on values, so that one trace does not describe it; use jax.lax.cond "
             f"or jnp.where ({error})"
@@ -86,9 +97,7 @@ def trace_spec(
                 pin(word, "not floating")
     flat_inputs = [jax.tree.leaves(item) for item in inputs]
     carried = dict(carries or {})
-    for number in carried:
-        if not 0 <= number < len(inputs):
-            raise ValueError(f"carries names input {number}, but the function was given {len(inputs)} inputs")
+    _check_carries(carried, inputs, out_shapes)
     for number, item in enumerate(flat_inputs):
         for leaf in item:
             shape = np.shape(leaf)
@@ -97,7 +106,8 @@ def trace_spec(
     input_values = values[len(words) :]
     results = program.run(closed.jaxpr, closed.consts, values)
     _outputs(results, out_shapes, specs, words, input_values, flat_inputs, carried)
-    for i in _unused(closed.jaxpr, len(words)):
+    used = live_equations(closed.jaxpr)[1]
+    for i in (i for i, var in enumerate(closed.jaxpr.invars[: len(words)]) if id(var) not in used):
         for word in words[i]:
             pin(word, "used by no equation")
     labels = [ids for value in results if isinstance(value.flow, Acts) for ids in value.flow.labels]
@@ -105,12 +115,6 @@ def trace_spec(
     homes = [w if spec.is_floating else () for w, spec in zip(words, specs, strict=True)]
     static = all(is_array)
     return assemble(program, specs, homes, labels, treedef if static else None)
-
-
-def _unused(jaxpr: Any, count: int) -> list[int]:
-    """Numbers of the first operands that no equation with a use and no result names."""
-    used = {id(atom) for eqn in live_equations(jaxpr) for atom in eqn.invars} | {id(atom) for atom in jaxpr.outvars}
-    return [i for i, var in enumerate(jaxpr.invars[:count]) if id(var) not in used]
 
 
 def _outputs(
@@ -128,15 +132,30 @@ def _outputs(
     state: dict[int, list[Words]] = {
         out: [value.words for value in inputs[starts[number] : starts[number + 1]]] for number, out in carried.items()
     }
-    for (path, shape), value in zip(pairs, results, strict=True):
+    repeated = repeated_params(specs, [(path, shape.shape) for path, shape in pairs])
+    for (path, _), same, value in zip(pairs, repeated, results, strict=True):
         keys = path_keys(path)
-        same = repeated_param(specs, path, shape.shape)
-        if same is not None:
-            for a, b in zip(value.words, words[same], strict=True):
-                unify(a, b, "output")
-        elif keys and keys[0] in state and state[keys[0]]:
+        if keys and keys[0] in state:
             for a, b in zip(value.words, state[keys[0]].pop(0), strict=True):
+                unify(a, b, "output")
+        elif same is not None:
+            for a, b in zip(value.words, words[same], strict=True):
                 unify(a, b, "output")
         else:
             for word in value.words:
                 pin(word, "output")
+
+
+def _check_carries(carries: Mapping[int, int], inputs: Sequence[Any], outputs: Any) -> None:
+    """Raises where a state is not among the inputs, not among the results, or another tree there."""
+    for number, out in carries.items():
+        if not 0 <= number < len(inputs):
+            raise ValueError(f"carries names input {number}, but the function was given {len(inputs)} inputs")
+        if not isinstance(outputs, (tuple, list)) or not 0 <= out < len(outputs):
+            many = f"{len(outputs)} results" if isinstance(outputs, (tuple, list)) else "no tuple of results"
+            raise ValueError(f"carries names output {out}, but the function returns {many}")
+        given, returned = (jax.tree.map(np.shape, tree) for tree in (inputs[number], outputs[out]))
+        if given != returned:
+            raise ValueError(f"carries: expected output {out} to be as input {number}, {given}, received {returned}")
+    if len(set(carries.values())) < len(carries):
+        raise ValueError(f"carries: expected an output of its own for each input, received {dict(carries)}")

@@ -333,5 +333,6 @@ ATTENTION_NETWORKS = (
         # In the second layer of encoder and decoder the hidden neurons are those of four experts.
         tuple(sorted([*T5_FREE, *[(10, 1)] * 2, *[(4, 1)] * 2, *[(10, 4)] * 2])),
         (("params/shared/embedding", 0, "gather"), ("params/decoder_positions/table", 0, "gather")),
+        missed=((4, 1), (4, 1)),  # the experts, whose numbers are told by argmax
     ),
 )

@@ -21,7 +21,8 @@ class Network(NamedTuple):
 class Architecture(NamedTuple):
     """An architecture at its published size and as a narrow one, whose symmetries are written down by hand.
 
-    `free`, `pinned` and `loose` belong to the narrow version. Nothing here is read from a trace.
+    `free`, `pinned`, `loose`, `missed` and `tied` belong to the narrow version. Nothing here is read from a trace but the
+    last two, which say what the trace does not find.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Architecture(NamedTuple):
     free: tuple[tuple[int, int], ...]  # free permutations, sorted: size, number of places that have one of their own
     pinned: tuple[tuple[str, int, str], ...]  # parameter's path, axis, reason: telling axes that keep their order
     loose: int = 0  # scalars without a home in nodes or edges
+    missed: tuple[tuple[int, int], ...] = ()  # of `free`, what the trace pins, or ties to others, needlessly
+    tied: tuple[tuple[int, int], ...] = ()  # what it finds instead
 
 
 def normal(*shape: int) -> np.ndarray:

@@ -468,6 +468,9 @@ VISION = (
                 )
             )
         ),
+        # Where a concatenation is normalized in groups, what is inside the groups moves alike in all of them.
+        missed=(*[(2, 4)] * 3, *[(4, 2)] * 2, (2, 2)),
+        tied=((2, 1), (2, 1)),
         pinned=(("params/stem/kernel", 2, "input"), ("params/head/kernel", 3, "output")),
     ),
     Architecture(

@@ -1,5 +1,6 @@
 """Every architecture of the README's table, narrow: what the trace finds is what was written down by hand."""
 
+import collections
 import math
 
 import jax
@@ -50,7 +51,8 @@ def test_architecture(name):
     network = architecture.narrow()
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     spec = ngjax.trace_spec(network.apply, abstract, *network.inputs)
-    assert free_groups(spec) == list(architecture.free)
+    expected = collections.Counter(architecture.free) - collections.Counter(architecture.missed)
+    assert collections.Counter(free_groups(spec)) == expected + collections.Counter(architecture.tied)
     assert spec.num_loose == architecture.loose
     reasons = {place: pinned.reason.split(", ") for pinned in spec.pinned for place in pinned.axes}
     for path, axis, reason in architecture.pinned:

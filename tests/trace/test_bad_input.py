@@ -181,7 +181,7 @@ def test_a_result_that_only_sits_where_a_parameter_sits_keeps_its_order():
     spec = ngjax.trace_spec(lambda p, x: (jnp.tanh(x @ p[0] + p[1]), x.sum()), params, square)
     assert free_groups(spec) == []
     spec = ngjax.trace_spec(lambda p, x: [p[0] - x.mean() * p[0], p[1] + p[0].sum(0)], params, square)
-    assert free_groups(spec) == [(4, 1), (6, 1)]  # an update, of weights between no inputs and no outputs
+    assert free_groups(spec) == [(4, 6)]  # an update: the entries of each column, whose sums have no order
 
 
 def step(p, carry):
@@ -231,15 +231,17 @@ def test_complex_parameters(where):
         assert free_groups(spec) == FREE
 
 
-def test_leaves_without_entries_and_of_one_entry():
-    params = random_params(0) | {"none": jnp.zeros((0, 6)), "one": jnp.ones((1,)), "scalar": jnp.float32(2)}
+def test_a_leaf_without_entries_raises_and_one_of_one_entry_does_not():
+    params = random_params(0) | {"one": jnp.ones((1,)), "scalar": jnp.float32(2)}
 
     def function(p, x):
-        return (hidden(p, x) * p["one"] * p["scalar"] + p["none"].sum()) @ p["e"]
+        return hidden(p, x) * p["one"] * p["scalar"] @ p["e"]
 
     spec = trace(function, params)
     assert free_groups(spec) == FREE
     assert_comes_back(spec, params)
+    with pytest.raises(ValueError, match=r"parameter none \(0, 6\) has no entries"):
+        trace(function, params | {"none": jnp.zeros((0, 6))})
 
 
 # -- leaves that are not floating --------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ class Network(NamedTuple):
 class Architecture(NamedTuple):
     """An architecture at its published size and as a narrow one, whose symmetries are written down by hand.
 
-    `free`, `pinned`, `loose`, `missed` and `tied` belong to the narrow version. Nothing here is read from a trace but the
-    last two, which say what the trace does not find.
+    `free` and what follows belong to the narrow version. Nothing here is read from a trace but the last two, which say
+    what the trace does not find.
     """
 
     name: str

@@ -310,6 +310,10 @@ def _edge_group(
     source = sorted((f for f in flat if f.source and not f.target), key=lambda f: -f.source)
     target = sorted((f for f in flat if f.target and not f.source), key=lambda f: -f.target)
     kernel = [f for f in flat if not f.source and not f.target]
+    if kernel and [f.size for f in kernel] == [n for n in link.taps if n > 1]:
+        # A kernel of 3 x 1 is not one of 1 x 3.
+        longer = iter(kernel)
+        kernel = [next(longer) if n > 1 else Factor(1, 0, 0, 0) for n in link.taps]
     source_layout = _layout(blocks, source, [f.source for f in (*blocks, *source)], sizes[0])
     target_layout = _layout(blocks, target, [f.target for f in (*blocks, *target)], sizes[1])
     if source_layout is False or target_layout is False:
@@ -353,6 +357,10 @@ def _view(
     axes: list[list[tuple[int, int, str, int]]] = [[] for _ in shape]  # size, step along the axis, role, order
     for role, factors in (("block", blocks), ("source", source), ("target", target), ("kernel", kernel)):
         for order, factor in enumerate(factors):
+            if factor.size == 1:
+                empty = next((i for i, n in enumerate(shape) if n == 1 and not axes[i]), 0)
+                axes[empty].append((1, 1, role, order * 64))
+                continue
             pieces = _by_axis(shape, strides, factor.size, factor.weight)
             if pieces is None:
                 return None

@@ -94,6 +94,8 @@ class Layers:
         if name in rules.SIDE_BY_SIDE:
             return list(flows)
         shape = tuple(eqn.outvars[0].aval.shape)
+        if name == "bitcast_convert_type" and shape != tuple(eqn.invars[0].aval.shape):
+            return [Acts() if isinstance(flows[0], Acts) else Weights()]
         if name in rules.ELEMENTWISE:
             return [self.elementwise(eqn, operands, words[0], shape)] * count
         if name == "dot_general":
@@ -495,7 +497,9 @@ class Layers:
         if not windows:
             windows, gains = gains, []
         for window in windows:
-            self.neurons.link(*_covered(window, kernel_shape, source, target))
+            self.neurons.link(
+                *_covered(window, kernel_shape, source, target), taps=tuple(kernel_shape[i] for i in taps)
+            )
         labels = [target]
         for window in gains:
             labels = self.weighted(labels, window, "mul", kernel.words, kernel_shape, False)
@@ -562,7 +566,9 @@ class Layers:
             pieces = []
             for value, own in zip(operands, shapes, strict=True):
                 near = (
-                    [ids for ids in self.settled(value) if axis in axes_of(ids)] if isinstance(value.flow, Acts) else []
+                    [ids for ids in self.settled(value) if axis in axes_of(ids) or (own[axis] == 1 and ids.size == 1)]
+                    if isinstance(value.flow, Acts)
+                    else []
                 )
                 if near:
                     ids = near[0]

@@ -33,13 +33,15 @@ class Group:
 class Link:
     """Edges: for each place of an index space, from node `source` to node `target`, with the weight in `window`.
 
-    `source`, `target` and the window's axes broadcast to one shape; -1 is no node.
+    `source`, `target` and the window's axes broadcast to one shape; -1 is no node. `taps` are the lengths of a kernel,
+    those of one included.
     """
 
     source: np.ndarray
     target: np.ndarray
     window: Window | None = None
     constant: float = 1.0
+    taps: tuple[int, ...] = ()
 
 
 class Snapshot(NamedTuple):
@@ -92,8 +94,15 @@ class Neurons:
         ids = np.arange(start, start + size)
         return ids.reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
 
-    def link(self, source: np.ndarray, target: np.ndarray, window: Window | None = None, constant: float = 1.0) -> None:
-        self.links.append(Link(source, target, window, constant))
+    def link(
+        self,
+        source: np.ndarray,
+        target: np.ndarray,
+        window: Window | None = None,
+        constant: float = 1.0,
+        taps: tuple[int, ...] = (),
+    ) -> None:
+        self.links.append(Link(source, target, window, constant, taps))
         self.tell_apart(source)
         self.tell_apart(target)
         self.open[source[source >= 0]] = False

@@ -133,7 +133,9 @@ class Program:
             for value in values[1:]:
                 words = tuple(unify(a, b, "cond") for a, b in zip(words, value.words, strict=True))
             # Constant in each branch along an axis is constant; which branch is taken does not depend on the place.
-            results.append(Value(words, next((v.flow for v in values if isinstance(v.flow, Acts)), values[0].flow)))
+            # Branches for different machines compute the same function: one of them may tell which.
+            acts = sorted((v.flow for v in values if isinstance(v.flow, Acts)), key=lambda flow: flow.values is None)
+            results.append(Value(words, acts[0] if acts else values[0].flow))
         return results
 
     def while_loop(self, eqn: Any, operands: list[Value]) -> list[Value]:

@@ -33,7 +33,8 @@ Rule: TypeAlias = Callable[[Any, list[Words]], list[Words]]
 
 # Of every entry by itself (and of the same entry of other operands).
 _NAMES = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj "
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil "
+    "clamp clz conj "
     "convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma "
     "igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or polygamma "
     "population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left "
@@ -53,6 +54,8 @@ def elementwise(eqn: Any, operands: list[Words]) -> list[Words]:
     if eqn.primitive.name in SIDE_BY_SIDE:
         return list(operands)
     shape = eqn.outvars[0].aval.shape
+    if len(operands[0]) > len(shape) or (len(operands) == 1 and len(operands[0]) < len(shape)):
+        return unknown(eqn, operands)  # a cast to numbers of another width
     words = []
     for axis, n in enumerate(shape):
         word = uniform(n)

@@ -181,6 +181,22 @@ def test_linen(name):
     assert all(g.name in fed or g.name.startswith("state") for g in spec.node_groups if g.role != "input")
 
 
+def test_kernels_keep_their_shape():
+    """Of 3 x 1, which is not 1 x 3; of places outside the kernel there are none."""
+
+    class Separable(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(4, (3, 1))(x))
+            x = nn.relu(nn.Conv(4, (1, 7), feature_group_count=4)(x))
+            return nn.Conv(2, (1, 1))(x).mean((1, 2))
+
+    model = Separable()
+    x = jax.ShapeDtypeStruct(IMAGES, jnp.float32)
+    spec = ngjax.trace_spec(model.apply, jax.eval_shape(model.init, jax.random.key(0), x), x)
+    assert [group.kernel_shape for group in spec.edge_groups if group.view] == [(3, 1), (1, 7), ()]
+
+
 def test_llama():
     """Grouped queries, rotary positions (whose dimensions are pinned), gated units, causal mask."""
     width, hidden, heads, dim = 6, 8, 2, 4

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ngjax
+from ngjax.nn.activations import activation_function
 from tests.trace.test_networks import free_groups
 
 SHAPES = {"a": (4, 6), "b": (6,), "c": (6, 6), "d": (6, 6), "e": (6, 3), "f": (6,), "g": (2, 3)}
@@ -48,6 +49,16 @@ def windows_over_neurons(p, x):
 def channels(p, x):
     out = jax.lax.conv_general_dilated(hidden(p, x)[:, :, None], p["c"][:, :, None], (1,), "SAME")
     return out[:, :, 0] @ p["e"]
+
+
+def window_added(p, x):
+    return (hidden(p, x) @ p["c"]).at[:, :4].add(jnp.tanh(hidden(p, x) @ p["d"])[:, :4]) @ p["e"]
+
+
+def parts_of_one_product(p, x):
+    """As a fused projection: each part has neurons of its own."""
+    y = (hidden(p, x) @ p["c"]).reshape(-1, 2, 3)
+    return jnp.tanh(y[:, 0]) @ p["g"].T + jnp.tanh(y[:, 1]).sum(-1, keepdims=True)
 
 
 def repeat(function, p, x):
@@ -116,6 +127,18 @@ TRAPS = {
     "constant that does not": (lambda p, x: (hidden(p, x) * np.full(6, 2, np.float32)) @ p["e"], FREE),
     "repeated, then averaged": (lambda p, x: jnp.repeat(hidden(p, x), 2, -1).reshape(-1, 6, 2).mean(-1) @ p["e"], FREE),
     "repeated wrongly": (lambda p, x: jnp.tile(hidden(p, x), (1, 2)).reshape(-1, 6, 2).mean(-1) @ p["e"], NONE),
+    "a window is added to": (window_added, [(2, 1), (2, 1), (4, 1), (6, 1)]),
+    "a window is replaced": (
+        lambda p, x: (hidden(p, x) @ p["c"]).at[:, 1:5].set(jnp.tanh(hidden(p, x) @ p["d"])[:, :4]) @ p["e"],
+        [(2, 1), (4, 1), (4, 1), (6, 1)],
+    ),
+    "every second neuron": (lambda p, x: (hidden(p, x)[:, ::2] * hidden(p, x)[:, 1::2]) @ p["g"].T, [(3, 1)]),
+    "parts of one product": (parts_of_one_product, [(3, 1), (3, 1), (6, 1)]),
+    "low rank": (lambda p, x: jnp.tanh(x @ (p["a"] @ p["c"])) @ p["e"], [(6, 1), (6, 1)]),
+    "summed by segments": (
+        lambda p, x: jax.ops.segment_sum(hidden(p, x), jnp.array([0, 1, 1, 0, 2]), 3) @ p["e"],
+        FREE,
+    ),
     "no product in between": (lambda p, x: hidden(p, x)[:, :3] + hidden(p, x)[:, 3:], NONE),
 }
 
@@ -172,29 +195,17 @@ def test_activations_are_told_by_their_values():
     def by_hand(x):
         return 0.5 * x * (1 + jnp.tanh(np.sqrt(2 / np.pi).astype(np.float32) * (x + 0.044715 * x**3)))
 
-    expected = {
-        "gelu": by_hand,
-        "silu": lambda x: x / (1 + jnp.exp(-x)),
-        "relu": lambda x: jnp.where(x > 0, x, 0.0),
-        "leaky_relu": jax.nn.leaky_relu,
-        "tanh": jnp.tanh,
-        "sigmoid": jax.nn.sigmoid,
-        "elu": jax.nn.elu,
-        "selu": jax.nn.selu,
-        "softplus": jax.nn.softplus,
-        "relu6": jax.nn.relu6,
-        "hard_tanh": jax.nn.hard_tanh,
-        "hard_sigmoid": jax.nn.hard_sigmoid,
-        "hard_swish": jax.nn.hard_swish,
-        "mish": jax.nn.mish,
-        "log_sigmoid": jax.nn.log_sigmoid,
-        "sine": jnp.sin,
-        "siren": lambda x: jnp.sin(30.0 * x),
-        "softmax": jax.nn.softmax,
-        "other": lambda x: x**2,
-        "none": lambda x: 0.5 * x,
-    }
-    for name, function in expected.items():
+    names = set(ngjax.spec.ACTIVATIONS) - {"softmax", "other"}
+    cases = [(name, activation_function(name)) for name in sorted(names)]
+    cases += [
+        ("gelu", by_hand),
+        ("silu", lambda x: x / (1 + jnp.exp(-x))),
+        ("relu", lambda x: jnp.where(x > 0, x, 0.0)),
+        ("softmax", jax.nn.softmax),
+        ("other", lambda x: x**2),
+        ("none", lambda x: 0.5 * x),
+    ]
+    for name, function in cases:
         spec = ngjax.trace_spec(
             lambda p, x, function=function: function(x @ p["a"] + p["b"]) @ p["e"], random_params(0), jnp.ones((5, 4))
         )

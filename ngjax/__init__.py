@@ -1,7 +1,7 @@
 """Neural graphs in JAX: the weights of a network as a graph, and models that read and edit them."""
 
 from ngjax.batching import GraphBudget, batch_graphs, budget_for, unbatch_graphs
-from ngjax.chains import infer_spec, mlp_spec
+from ngjax.chains import cnn_spec, infer_spec, mlp_spec
 from ngjax.check import check_params
 from ngjax.graph import GroupedGraph, to_graph, to_groups, to_params
 from ngjax.nn import (
@@ -16,6 +16,7 @@ from ngjax.nn import (
     save_model,
     weight_statistics,
 )
+from ngjax.plots import plot_spec
 from ngjax.spec import NeuralGraphSpec
 from ngjax.symmetry import permute_params, random_permutations
 from ngjax.trace import trace_spec
@@ -39,10 +40,12 @@ __all__ = [
     "budget_for",
     "check_params",
     "check_symmetry",
+    "cnn_spec",
     "infer_spec",
     "load_model",
     "mlp_spec",
     "permute_params",
+    "plot_spec",
     "random_permutations",
     "save_model",
     "to_graph",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -65,13 +65,50 @@ def permute_params(spec: NeuralGraphSpec, perms: Permutations, params: Any, *, f
     """
     for id, perm in perms.items():
         _check_permutation(spec, perms, id, tuple(perm.shape))
-    acting = {id: perm for id, perm in perms.items() if spec.action[id].kind == "permutation"}
+    num_lead = len(_lead_shape(spec, params, feature_axis))
+    return _on_floating(spec, params, lambda leaves: _permute_leaves(spec, _acting(spec, perms), leaves, num_lead))
+
+
+def permute_randomly(key: Array, spec: NeuralGraphSpec, params: Any, *, feature_axis: bool | None = None) -> Any:
+    """The same networks, the hidden neurons of each in a random order of its own: an augmentation for any architecture.
+
+    Args:
+      key: a JAX random key. One network is permuted by what `random_permutations` draws from it; with batch axes each
+        gets its own of as many keys split off.
+      spec: of the architecture.
+      params: the parameter pytree; leaves may have leading batch axes and a trailing feature axis, which moves along.
+      feature_axis: whether leaves end with a feature axis; `None` reads it off the shapes, as `to_graph` does.
+
+    Raises:
+      ValueError: the leaves are not those of the spec.
+    """
+    lead = _lead_shape(spec, params, feature_axis)
+
+    def permute(key: Array, leaves: list[Any]) -> list[Any]:
+        return _permute_leaves(spec, _acting(spec, random_permutations(key, spec)), leaves, 0)
+
+    for _ in lead:
+        permute = jax.vmap(permute)
+    keys = jax.random.split(key, lead) if lead else key
+    return _on_floating(spec, params, functools.partial(permute, keys))
+
+
+def _lead_shape(spec: NeuralGraphSpec, params: Any, feature_axis: bool | None) -> tuple[int, ...]:
+    """Lengths of the batch axes."""
     groups = jax.eval_shape(functools.partial(to_groups, spec, feature_axis=feature_axis), params)
+    return tuple(groups.nodes.shape[:-2])
+
+
+def _acting(spec: NeuralGraphSpec, perms: Permutations) -> dict[str, Any]:
+    return {id: perm for id, perm in perms.items() if spec.action[id].kind == "permutation"}
+
+
+def _on_floating(spec: NeuralGraphSpec, params: Any, change: Callable[[list[Any]], list[Any]]) -> Any:
+    """The parameters with their floating leaves changed; `change` sees `None` for the others."""
     leaves = spec.flatten(params)
-    floating = [leaf if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)]
-    permuted = _permute_leaves(spec, acting, floating, groups.nodes.ndim - 2)
+    changed = change([leaf if p.is_floating else None for p, leaf in zip(spec.params, leaves, strict=True)])
     return spec.unflatten(
-        [b if p.is_floating else a for p, a, b in zip(spec.params, leaves, permuted, strict=True)], like=params
+        [b if p.is_floating else a for p, a, b in zip(spec.params, leaves, changed, strict=True)], like=params
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 from ngjax.actions import concat, fixed, permutation, product, stack
 from ngjax.chains import infer_spec, mlp_spec
 from ngjax.spec import EdgeGroup, NeuralGraphSpec, NodeGroup, ParamSpec, PathKey, param_view
-from ngjax.symmetry import permute_params, random_permutations
+from ngjax.symmetry import permute_params, permute_randomly, random_permutations
 
 SIZES = (2, 5, 3, 4)
 SPEC = mlp_spec(SIZES)
@@ -312,3 +312,38 @@ def test_a_spec_built_again_does_not_compile_again():
     shuffled(mlp_spec(SIZES), jax.random.key(1), mlp_params(seed=1))
     shuffled(dataclasses.replace(SPEC, treedef=None), jax.random.key(1), mlp_params(seed=2))
     assert len(traces) == 1
+
+
+# -- augmentation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lead", "trail"), [((), ()), ((4,), ()), ((2, 3), ()), ((), (2,)), ((3,), (2,))])
+def test_each_network_is_permuted_by_what_its_own_key_draws(lead, trail):
+    spec, params, key = heads_spec(), heads_params(lead, trail), jax.random.key(0)
+    received = permute_randomly(key, spec, params)
+    keys = jax.random.split(key, lead) if lead else key
+    drawn = set()
+    for i in np.ndindex(*lead):
+        perms = random_permutations(keys[i] if lead else key, spec)
+        drawn.add(tuple(np.asarray(perms["twice"]).tolist()))
+        one = jax.tree.map(lambda x: x[i], params)  # noqa: B023
+        assert_same(jax.tree.map(lambda x: x[i], received), permute_params(spec, perms, one))  # noqa: B023
+    assert len(drawn) == math.prod(lead)
+
+
+def test_augmentation_under_jit_and_vmap():
+    params, keys = mlp_params(lead=(3, 2)), jax.random.split(jax.random.key(1), 3)
+    received = jax.jit(jax.vmap(lambda key, p: permute_randomly(key, SPEC, p)))(keys, params)
+    for i in range(3):
+        one = permute_randomly(keys[i], SPEC, jax.tree.map(lambda x: x[i], params))  # noqa: B023
+        assert_same(jax.tree.map(lambda x: x[i], received), one)  # noqa: B023
+
+
+def test_augmentation_leaves_integers_alone_and_refuses_other_architectures():
+    params = {**mlp_params(lead=(3,)), "steps": jnp.arange(5)}
+    spec = infer_spec({**mlp_params(), "steps": jnp.arange(5)})
+    received = permute_randomly(jax.random.key(0), spec, params)
+    np.testing.assert_array_equal(received["steps"], params["steps"])
+    assert (np.asarray(received["layer_1"]["bias"]) != params["layer_1"]["bias"]).any()
+    with pytest.raises(ValueError, match=r"layer_0/bias: expected shape \(5,\)"):
+        permute_randomly(jax.random.key(0), SPEC, mlp_params((2, 6, 3, 4)))

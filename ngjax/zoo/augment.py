@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ngjax.spec import NeuralGraphSpec
-from ngjax.symmetry import permute_params, random_permutations
+from ngjax.symmetry import permute_randomly
 from ngjax.zoo.siren import SirenParams
 
 Scalar = float | Float[Array, ""]
@@ -113,7 +113,7 @@ def augment(key: PRNGKeyArray, spec: NeuralGraphSpec, params: SirenParams, confi
     if config.dropout:
         params = drop_weights(dropout_key, params, config.dropout)
     if config.permutation:
-        params = permute_params(spec, random_permutations(permutation_key, spec), params)
+        params = permute_randomly(permutation_key, spec, params)
     return params
 
 

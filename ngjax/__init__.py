@@ -4,6 +4,7 @@ from ngjax.batching import GraphBudget, batch_graphs, budget_for, unbatch_graphs
 from ngjax.chains import cnn_spec, infer_spec, mlp_spec
 from ngjax.check import check_params
 from ngjax.graph import GroupedGraph, to_graph, to_groups, to_params
+from ngjax.matching import match_params, sort_params
 from ngjax.nn import (
     NGGNN,
     NGT,
@@ -18,7 +19,7 @@ from ngjax.nn import (
 )
 from ngjax.plots import plot_spec
 from ngjax.spec import NeuralGraphSpec
-from ngjax.symmetry import permute_params, random_permutations
+from ngjax.symmetry import permute_params, permute_randomly, random_permutations
 from ngjax.trace import trace_spec
 from ngjax.verify import SymmetryReport, check_symmetry
 from ngjax.version import __version__
@@ -43,11 +44,14 @@ __all__ = [
     "cnn_spec",
     "infer_spec",
     "load_model",
+    "match_params",
     "mlp_spec",
     "permute_params",
+    "permute_randomly",
     "plot_spec",
     "random_permutations",
     "save_model",
+    "sort_params",
     "to_graph",
     "to_groups",
     "to_params",

@@ -52,6 +52,8 @@ class Config:
     """The small versions that the tests use, for a quick look."""
     run: bool = True
     """Whether to run the networks too; large ones take minutes and gigabytes."""
+    double: bool = False
+    """Runs the networks in float64: what is left of a deviation there was rounding before."""
     seed: int = 0
     """Of parameters and permutations."""
 
@@ -128,7 +130,7 @@ def measure(architecture: Architecture, config: Config) -> Row:
         spec = ngjax.trace_spec(network.apply, abstract, *network.inputs)
         row = dataclasses.replace(row, trace_seconds=round(time.perf_counter() - before, 2), **describe(spec))
         if config.run:
-            row = dataclasses.replace(row, deviation=deviation(network, spec, config.seed))
+            row = dataclasses.replace(row, deviation=deviation(network, spec, config.seed, config.double))
     except Exception as error:
         row = dataclasses.replace(row, error=f"{type(error).__name__}: {error}".splitlines()[0])
     return dataclasses.replace(row, seconds=round(time.perf_counter() - start, 1))
@@ -164,7 +166,7 @@ def describe(spec: ngjax.NeuralGraphSpec) -> dict[str, Any]:
     }
 
 
-def deviation(network: Network, spec: ngjax.NeuralGraphSpec, seed: int) -> float:
+def deviation(network: Network, spec: ngjax.NeuralGraphSpec, seed: int, double: bool) -> float:
     """Largest change of an output under random permutations of everything, in units of its largest value.
 
     As `ngjax.check_symmetry` measures it, in two runs: that also tries every parameter and every pinned axis.
@@ -173,13 +175,20 @@ def deviation(network: Network, spec: ngjax.NeuralGraphSpec, seed: int) -> float
     params = jax.jit(network.init)(jax.random.key(seed, impl="rbg"))
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: perturbed(rng, leaf), params)
-    run = jax.jit(network.apply)
-    before = outputs(run(params, *network.inputs))
-    perms = ngjax.random_permutations(jax.random.key(seed), spec)
-    after = outputs(run(ngjax.permute_params(spec, perms, params), *network.inputs))
+    with jax.enable_x64(double):
+        if double:
+            params = jax.tree.map(doubled, params)
+        run = jax.jit(network.apply)
+        before = outputs(run(params, *network.inputs))
+        perms = ngjax.random_permutations(jax.random.key(seed), spec)
+        after = outputs(run(ngjax.permute_params(spec, perms, params), *network.inputs))
     if not all(np.all(np.isfinite(value)) for value in before):
         raise ValueError("the outputs of the perturbed network are not finite")
     return max(float(np.max(np.abs(a - b)) / (np.max(np.abs(a)) or 1)) for a, b in zip(before, after, strict=True))
+
+
+def doubled(leaf: Any) -> Any:
+    return np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def perturbed(rng: np.random.Generator, leaf: Any) -> Any:

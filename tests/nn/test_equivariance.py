@@ -99,7 +99,7 @@ def errors_of(model, variables, spec, networks, move, run_padded=None):
 def test_random_architectures(kind):
     model, variables, run_padded = models(kind)
 
-    @settings(max_examples=4)
+    @settings(max_examples=2)
     @given(
         sizes=st.tuples(st.integers(1, 3), st.lists(st.integers(1, 8), min_size=0, max_size=3), st.integers(1, 2)).map(
             lambda s: (s[0], *s[1], s[2])

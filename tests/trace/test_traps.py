@@ -234,34 +234,6 @@ def test_the_graph_of_a_small_network():
     assert spec.from_json(spec.to_json()) == spec
 
 
-def test_both_models_read_a_traced_network():
-    """Neither sees a difference when the neurons of a residual network with attention are shuffled."""
-
-    def forward(p, x):
-        q, k = (jnp.einsum("btm,mhd->bthd", x @ p["in"], p[name]) for name in "qk")
-        scores = jnp.einsum("bthd,bshd->bhts", q, k)
-        mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), k)
-        return (x @ p["in"] + jnp.einsum("bthd,hdm->btm", mixed, p["o"]) + p["bias"]) @ p["out"]
-
-    shapes = {"in": (2, 4), "q": (4, 2, 3), "k": (4, 2, 3), "o": (2, 3, 4), "bias": (4,), "out": (4, 2)}
-    rng = np.random.default_rng(0)
-    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-    spec = ngjax.trace_spec(forward, params, jnp.ones((1, 5, 2)))
-    shuffled = ngjax.permute_params(spec, ngjax.random_permutations(jax.random.key(0), spec), params)
-    encoder = ngjax.EncoderConfig(max_inputs=8, max_hidden_layers=12, max_outputs=4)
-    for backbone in (
-        ngjax.NGGNN(features=8, num_layers=2, encoder=encoder),
-        ngjax.NGT(node_features=8, edge_features=6, attention_features=8, num_layers=1, num_heads=2, encoder=encoder),
-    ):
-        model = ngjax.WeightSpaceModel(backbone, ngjax.GraphReadout(features=3))
-        variables = jax.jit(model.init, static_argnames="spec")(
-            jax.random.key(1), ngjax.to_groups(spec, params), spec=spec
-        )
-        apply = jax.jit(model.apply, static_argnames="spec")
-        first, second = (apply(variables, ngjax.to_groups(spec, p), spec=spec) for p in (params, shuffled))
-        np.testing.assert_allclose(first, second, atol=1e-5 * float(jnp.max(jnp.abs(first))))
-
-
 def test_bad_input():
     params, x = random_params(0), jnp.ones((5, 4))
     with pytest.raises(ValueError, match="control flow depends on values"):

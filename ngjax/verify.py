@@ -113,8 +113,11 @@ def check_symmetry(
         new = permuted(perms, leaves)
         return change([*new[:number], leaves[number], *new[number + 1 :]], perms)
 
-    perms = random_permutations(permuting, spec)
-    deviation, output = change(permuted(perms, leaves), perms)
+    # Cycles leave no neuron where it was, as a random permutation of few may.
+    perms = _cycles(rng, spec)
+    deviation, output = max(
+        change(permuted(drawn, leaves), drawn) for drawn in (perms, random_permutations(permuting, spec))
+    )
     report = SymmetryReport(deviation, output)
     if deviation > tolerance:
         by_id = {id: change(permuted(only, leaves), only)[0] for id, only in _each_alone(spec, perms).items()}
@@ -139,10 +142,7 @@ def check_symmetry(
         carriers = [param for param in spec.params if id in param.axes]
         if spec.is_free(id) or spec.action[id].size == 1 or {format_path(p.path) for p in carriers} & set(unused):
             continue
-        # One cycle through all places, so that none stays.
-        order = rng.permutation(spec.action[id].size)
-        cycle = np.zeros_like(order)
-        cycle[order] = np.roll(order, 1)
+        cycle = _cycle(rng, spec.action[id].size)
         new = [_taken(leaf, cycle, param.axes, id) for param, leaf in zip(spec.params, leaves, strict=True)]
         if change(new, {})[0] < tolerance:
             looks_free.append(id)
@@ -174,6 +174,24 @@ def _difference(expected: np.ndarray, received: np.ndarray) -> float:
     scale = np.max(np.abs(expected), initial=0.0) or 1.0
     change = np.max(np.abs(expected - received), initial=0.0) / scale
     return math.inf if np.isnan(change) else float(change)
+
+
+def _cycles(rng: np.random.Generator, spec: NeuralGraphSpec) -> dict[str, np.ndarray]:
+    """For every independent permutation, at each place that it depends on, a cycle through all neurons."""
+    cycles = {}
+    for action in spec.actions:
+        if action.kind == "permutation":
+            lead = tuple(spec.action[id].size for id in action.per)
+            rows = [_cycle(rng, action.size) for _ in range(math.prod(lead))]
+            cycles[action.id] = np.stack(rows).reshape(*lead, action.size)
+    return cycles
+
+
+def _cycle(rng: np.random.Generator, size: int) -> np.ndarray:
+    order = rng.permutation(size).astype(np.int32)
+    cycle = np.empty_like(order)
+    cycle[order] = np.roll(order, 1)
+    return cycle
 
 
 def _each_alone(spec: NeuralGraphSpec, perms: Permutations) -> dict[str, Permutations]:

@@ -63,6 +63,17 @@ def test_groups_that_have_to_move_together():
     assert report.unused == ("layer_0/bias", "layer_1/bias", "layer_2/bias")
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_two_neurons_always_change_places(seed):
+    sizes = (3, 2, 2)
+    report = ngjax.check_symmetry(
+        lambda p, x: (jnp.tanh(x @ p["layer_0"]["kernel"]) * jnp.arange(2.0)) @ p["layer_1"]["kernel"],
+        *(fresh(sizes), ngjax.mlp_spec(sizes, activation="tanh"), X),
+        key=jax.random.key(seed),
+    )
+    assert report.deviation > 1e-2
+
+
 def test_what_is_pinned_and_looks_free():
     def network(p, x):
         return jnp.sort(jnp.tanh(x @ p["a"]), -1).sum(-1) + (jnp.cumsum(jnp.tanh(x @ p["b"]), -1) @ p["c"])[:, 0]

@@ -214,6 +214,8 @@ class Layers:
             # Statistics, masks, gates without neurons of their own: the neurons stay.
             ((value, flow),) = labelled
             values = flow.values
+            if name in _COMPARISONS:  # with a threshold that is a statistic
+                return flow._replace(values=None)
             if values is not None and scalars.name_of(values) == "none":
                 return flow
             softmax = name == "div" and values is not None and scalars.is_exponential(values)
@@ -626,6 +628,7 @@ _SUMS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_window_max"
 _RESHAPES = frozenset(("reshape", "transpose", "squeeze", "broadcast_in_dim", "rev", "pad"))
 
 
+_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 _LINEAR = frozenset(("add", "add_any", "sub", "mul", "div", "neg", *_CASTS))
 
 

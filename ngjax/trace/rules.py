@@ -46,6 +46,7 @@ ELEMENTWISE = frozenset(_NAMES.split())
 SIDE_BY_SIDE = frozenset(("optimization_barrier", "device_put", "sharding_constraint", "pvary", "mesh_cast", "copy"))
 
 
+_ANY_ORDER = frozenset(("add", "mul", "max", "min", "and", "or", "xor"))
 _MOST_PARTS = 16  # of an axis that is taken apart into places with neurons of their own
 
 
@@ -191,6 +192,15 @@ def reduction(eqn: Any, operands: list[Words]) -> list[Words]:
         if axis not in axes:
             words.append(word)
     return [tuple(words)] * len(eqn.outvars)
+
+
+def general_reduction(eqn: Any, operands: list[Words]) -> list[Words]:
+    """By a function of two numbers, which has to be one that does not depend on the order."""
+    inner = eqn.params["jaxpr"]
+    equations = getattr(inner, "jaxpr", inner).eqns
+    if all(equation.primitive.name in _ANY_ORDER for equation in equations) and len(equations) == len(eqn.outvars):
+        return reduction(eqn, operands)
+    return unknown(eqn, operands)
 
 
 def arg_reduction(eqn: Any, operands: list[Words]) -> list[Words]:
@@ -436,13 +446,13 @@ def iota(eqn: Any, operands: list[Words]) -> list[Words]:
 
 RULES: dict[str, Rule] = dict.fromkeys(ELEMENTWISE, elementwise)
 RULES |= dict.fromkeys(
-    ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "reduce"),
-    reduction,
+    ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"), reduction
 )
 RULES |= dict.fromkeys(("argmax", "argmin"), arg_reduction)
 RULES |= dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "rev"), along_an_axis)
 RULES |= dict.fromkeys(("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"), reduce_window)
 RULES |= {
+    "reduce": general_reduction,
     "dot_general": dot_general,
     "conv_general_dilated": convolution,
     "broadcast_in_dim": broadcast_in_dim,

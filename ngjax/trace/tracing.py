@@ -50,8 +50,8 @@ def trace_spec(
 
     Raises:
       TypeError: complex parameters, or an output that is no array.
-      ValueError: no floating parameters; one without entries; a function whose control flow depends on values; carries
-        that are not among the inputs and results, or differ in shape.
+      ValueError: no floating parameters, or none that the function uses; one without entries; a function whose control
+        flow depends on values; carries that are not among the inputs and results, or differ in shape.
     """
     pairs, treedef = flatten_with_path(params)
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for _, leaf in pairs]
@@ -107,6 +107,8 @@ def trace_spec(
     results = program.run(closed.jaxpr, closed.consts, values)
     _outputs(results, out_shapes, specs, words, input_values, flat_inputs, carried)
     used = live_equations(closed.jaxpr)[1]
+    if not any(id(var) in used for var in closed.jaxpr.invars[: len(words)]):
+        raise ValueError("the function uses none of the parameters it is given: does it close over others?")
     for i in (i for i, var in enumerate(closed.jaxpr.invars[: len(words)]) if id(var) not in used):
         for word in words[i]:
             pin(word, "used by no equation")

@@ -97,7 +97,13 @@ def test_an_output_that_reads_no_input_and_an_input_that_nobody_reads():
     assert free_groups(spec) == FREE
 
 
-@pytest.mark.parametrize("function", [lambda p, x: x, lambda p, x: x * p["g"].sum(), lambda p, x: p["g"].mean()])
+def test_a_function_that_uses_no_parameter():
+    params = random_params(0)
+    with pytest.raises(ValueError, match="none of the parameters.*close over"):
+        trace(lambda p, x: hidden(params, x), params)
+
+
+@pytest.mark.parametrize("function", [lambda p, x: x * p["g"].sum(), lambda p, x: p["g"].mean()])
 def test_a_function_in_which_no_parameter_has_neurons(function):
     params = random_params(0)
     spec = trace(function)

@@ -135,6 +135,24 @@ TRAPS = {
     "every second neuron": (lambda p, x: (hidden(p, x)[:, ::2] * hidden(p, x)[:, 1::2]) @ p["g"].T, [(3, 1)]),
     "parts of one product": (parts_of_one_product, [(3, 1), (3, 1), (6, 1)]),
     "low rank": (lambda p, x: jnp.tanh(x @ (p["a"] @ p["c"])) @ p["e"], [(6, 1), (6, 1)]),
+    "reduced in order": (
+        lambda p, x: (
+            hidden(p, x) * jax.lax.reduce(hidden(p, x), np.float32(0), lambda a, b: a * 0.5 + b, (1,))[:, None] @ p["e"]
+        ),
+        NONE,
+    ),
+    "reduced in any order": (
+        lambda p, x: hidden(p, x) * jax.lax.reduce(hidden(p, x), np.float32(1), jnp.multiply, (1,))[:, None] @ p["e"],
+        FREE,
+    ),
+    "above the mean": (
+        lambda p, x: jnp.where(hidden(p, x) > hidden(p, x).mean(1, keepdims=True), hidden(p, x), 0.0) @ p["e"],
+        FREE,
+    ),
+    "the largest pass": (
+        lambda p, x: jnp.where(x @ p["a"] >= jax.lax.top_k(x @ p["a"], 2)[0][:, 1:], x @ p["a"], 0.0) @ p["e"],
+        NONE,
+    ),
     "summed by segments": (
         lambda p, x: jax.ops.segment_sum(hidden(p, x), jnp.array([0, 1, 1, 0, 2]), 3) @ p["e"],
         FREE,

@@ -396,7 +396,9 @@ def _siren_render(config: Mapping[str, Any], state: _State) -> Callable[[Layers,
     return render
 
 
-def _learned_optimizer(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+def _learned_optimizer(
+    config: Mapping[str, Any], state_dict: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
     places = {name: i for i, name in enumerate(config["parameter_order"])}
 
     def recorded_order(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> list[int]:

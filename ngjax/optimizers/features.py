@@ -19,7 +19,7 @@ PREPROCESS_P = 10
 
 
 def update_momenta(momenta: Sequence[Float[Array, "*s"]], gradient: Float[Array, "*s"]) -> tuple[Array, ...]:
-    """`m <- decay m + g` for each of `MOMENTUM_DECAYS`: a sum rather than a mean, without bias correction, in float32."""
+    """`m <- decay m + g` for each of `MOMENTUM_DECAYS`: a sum, without bias correction, in float32."""
     gradient = gradient.astype(jnp.float32)
     return tuple(decay * m + gradient for decay, m in zip(MOMENTUM_DECAYS, momenta, strict=True))
 

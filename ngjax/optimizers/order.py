@@ -35,7 +35,7 @@ def spec_layer_order(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Seque
       ValueError: a leaf is no parameter of the spec, or of another shape. The spec may have more parameters.
     """
     numbers = {path_keys(param.path): i for i, param in enumerate(spec.params)}
-    places: dict[int, tuple[float, int]] = {}
+    places: dict[int, tuple[int, int]] = {}
     for group in spec.edge_groups:
         if group.view is not None and not group.mirror:
             places.setdefault(group.view.param, (spec.node_group[group.target].level, 0))
@@ -43,7 +43,7 @@ def spec_layer_order(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Seque
         if nodes.bias is not None:
             places.setdefault(nodes.bias.param, (nodes.level, 1))
 
-    def place(i: int) -> tuple[float, int]:
+    def place(i: int) -> tuple[int, int]:
         name = "/".join(map(str, path_keys(paths[i]))) or "<root>"
         number = numbers.get(path_keys(paths[i]))
         if number is None:
@@ -51,7 +51,7 @@ def spec_layer_order(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Seque
         expected = spec.params[number].shape
         if expected != shapes[i]:
             raise ValueError(f"parameter {name}: the spec expects shape {expected}, received {shapes[i]}")
-        return places.get(number, (float("inf"), 2))
+        return places.get(number, (spec.max_level + 1, 0))
 
     # Stable, so that what is at one place keeps its natural order.
     return sorted(natural_layer_order(paths, shapes), key=place)

@@ -30,7 +30,7 @@ class LearnedOptState(NamedTuple):
       momenta: one tree like the parameters, in float32, for each of `MOMENTUM_DECAYS`.
     """
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]  # the name that optax uses, which tuples have too
     momenta: tuple[PyTree, ...]
 
 
@@ -89,9 +89,7 @@ def ordered_learned_opt(
             update_momenta(old, gradient)
             for gradient, *old in zip(gradients.arrays, *(m.arrays for m in momenta), strict=True)
         ]
-        features = [
-            scalar_features(*leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)
-        ]
+        features = [scalar_features(*leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)]
         steps = [paper_step(head) for head in _apply(rule, theta, features, order(values.paths, values.shapes))]
         new_updates = [step.astype(value.dtype) for step, value in zip(steps, values.arrays, strict=True)]
         new_state = LearnedOptState(

@@ -111,8 +111,13 @@ def init_meta_params(key: Array, rule: str | Rule = "ff") -> dict[str, Any]:
     Raises:
       ValueError: an unknown rule.
     """
-    example = jnp.zeros((1, NUM_FEATURES), jnp.float32)
-    return _find_rule(rule).init(key, (example,))["params"]
+    return _init_meta_params(key, _find_rule(rule))
+
+
+# Compiled as one program: one operation after the other takes several times as long.
+@functools.partial(jax.jit, static_argnums=1)
+def _init_meta_params(key: Array, rule: Rule) -> dict[str, Any]:
+    return rule.init(key, (jnp.zeros((1, NUM_FEATURES), jnp.float32),))["params"]
 
 
 def _apply(
@@ -192,7 +197,7 @@ def _checked_meta_params(rule: Rule, meta_params: Mapping[str, Any] | None) -> d
     name = type(rule).__name__
     if meta_params is None:
         raise ValueError(f"no weights are shipped for the rule {name} yet: give meta_params=, see init_meta_params")
-    expected = jax.eval_shape(functools.partial(init_meta_params, rule=rule), jax.random.key(0))
+    expected = jax.eval_shape(functools.partial(_init_meta_params, rule=rule), jax.random.key(0))
     wanted, treedef = flatten_with_path(expected)
     received = {path_keys(path): leaf for path, leaf in flatten_with_path(meta_params)[0]}
     leaves = []

@@ -3,13 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import ngjax
 from ngjax.optimizers import FFRule, LSTMRule, init_meta_params, ng_learned_opt
 
-RULES = {"ff": FFRule(width=8), "lstm": LSTMRule(width=8)}
+RULES = {"ff": FFRule(width=8, num_hidden=1), "lstm": LSTMRule(width=8)}
 SIZES = (4, 8, 2)
 SPEC = ngjax.mlp_spec(SIZES)
 
@@ -29,30 +28,32 @@ def normal(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     return {
         f"layer_{i}": {
-            name: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+            name: np.asarray(scale * rng.standard_normal(shape), np.float32)
             for name, shape in (("kernel", SIZES[i : i + 2]), ("bias", SIZES[i + 1 : i + 2]))
         }
         for i in range(len(SIZES) - 1)
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def run(optimizer, params, gradients):
-    """The updates of one step after the other at the same parameters, stacked, and the last state.
+    """The updates of one step after the other at the same parameters, stacked, and the last state."""
+    return jax.device_get(scan_steps(optimizer, params, stacked(gradients)))
 
-    Compiled once for each optimizer, of which those above are always the same.
-    """
 
+# Compiled once for each optimizer, of which those above are always the same. Trees are of numpy arrays outside of it:
+# every operation of JAX's would be compiled on its own.
+@functools.partial(jax.jit, static_argnums=0)
+def scan_steps(optimizer, params, gradients):
     def step(state, gradient):
         update, state = optimizer.update(gradient, state, params)
         return state, update
 
-    state, updates = jax.lax.scan(step, optimizer.init(params), stacked(gradients))
+    state, updates = jax.lax.scan(step, optimizer.init(params), gradients)
     return updates, state
 
 
 def stacked(trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 def assert_close(ours, expected, tolerance=1e-5):

@@ -4,24 +4,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngjax.optimizers import FFRule, LSTMRule, heads, init_meta_params, rules
+from ngjax.optimizers import heads, init_meta_params, rules
+from tests.optimizers.small import RULES, meta_params
 
 
-def num_scalars(tree):
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def test_sizes_of_the_paper():
-    assert num_scalars(init_meta_params(jax.random.key(0), "ff")) == 5250
-    # The paper's cell has two biases, of which only the sum matters.
-    assert num_scalars(init_meta_params(jax.random.key(0), "lstm")) == 11554 - 4 * 32
+@pytest.mark.parametrize(
+    ("rule", "num_scalars"),
+    [("ff", 5250), ("lstm", 11554 - 4 * 32)],  # the paper's cell has two biases, of which only the sum matters
+)
+def test_sizes_of_the_paper(rule, num_scalars):
+    shapes = jax.eval_shape(lambda key: init_meta_params(key, rule), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_scalars
 
 
 def test_fresh_meta_params_are_within_the_bound_of_their_inputs():
-    theta = init_meta_params(jax.random.key(0), "lstm")
-    bounds = {"summary_0": 14, "summary_1": 32, "input_kernel": 32, "hidden_kernel": 32, "bias": 32}
+    theta = meta_params("lstm")
+    bounds = {"summary_0": 14, "summary_1": 8, "input_kernel": 8, "hidden_kernel": 8, "bias": 8}
     for name, inputs in bounds.items():
-        greatest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(theta[name]))
+        greatest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(theta[name]))
         assert 0.7 / np.sqrt(inputs) < greatest <= 1 / np.sqrt(inputs)
 
 
@@ -55,15 +55,15 @@ def test_lstm_is_that_of_flax():
     np.testing.assert_allclose(rules.lstm_over(ours, inputs), jnp.stack(expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", [FFRule(width=8), LSTMRule(width=8)], ids=["ff", "lstm"])
-def test_meta_gradients_are_finite(rule):
-    theta = init_meta_params(jax.random.key(0), rule)
-    features = (jax.random.normal(jax.random.key(1), (4, 3, 14)), jnp.zeros((0, 14)), jnp.zeros((1, 14)))
+@pytest.mark.parametrize("name", RULES)
+def test_meta_gradients_are_finite(name):
+    rng = np.random.default_rng(1)
+    features = tuple(rng.standard_normal((*shape, 14), np.float32) for shape in ((4, 3), (0,), (2,)))
 
     @jax.jit
     @jax.grad
-    def gradient(theta):
-        return sum(jnp.sum(heads.paper_step(head)) for head in rule.apply({"params": theta}, features))
+    def gradient(theta, features):
+        return sum(jnp.sum(heads.paper_step(head)) for head in RULES[name].apply({"params": theta}, features))
 
-    gradients = gradient(theta)
+    gradients = gradient(meta_params(name), features)
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))

@@ -1,5 +1,7 @@
 """What `optax` and JAX ask of a transformation, for every rule."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 import ngjax
 from ngjax import train
 from ngjax.optimizers import init_meta_params, ng_learned_opt
-from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run, stacked
+from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run, scan_steps, stacked
 
 pytestmark = pytest.mark.parametrize("name", RULES)
 
@@ -31,7 +33,7 @@ def is_finite(tree):
 
 
 def scaled(tree, factor):
-    return jax.tree.map(lambda leaf: factor * leaf, tree)
+    return jax.tree.map(lambda leaf: np.float32(factor) * leaf, tree)
 
 
 def updates_of(optimizer, gradients=GRADIENTS):
@@ -55,9 +57,17 @@ NOT_FINITE = scaled(PARAMS, np.nan)
 CONTRACT = {
     # Name: the transformation around a learned one, the gradients it gets, the updates that are expected.
     "chain": (
-        lambda tx: optax.chain(optax.scale(2.0), tx, optax.scale(-1.0)),
+        lambda tx: optax.chain(
+            optax.scale(2.0),
+            tx,
+            optax.scale_by_schedule(lambda count: 1 / (1 + count)),
+            optax.add_decayed_weights(-0.1),
+        ),
         GRADIENTS,
-        lambda tx: [scaled(u, -1) for u in updates_of(tx, [scaled(g, 2) for g in GRADIENTS])],
+        lambda tx: [
+            jax.tree.map(lambda u, p, t=t: u / np.float32(1 + t) - np.float32(0.1) * p, u, PARAMS)
+            for t, u in enumerate(updates_of(tx, [scaled(g, 2) for g in GRADIENTS]))
+        ],
     ),
     "masked": (
         lambda tx: optax.masked(tx, {"layer_0": True, "layer_1": False}),
@@ -74,17 +84,12 @@ CONTRACT = {
     "MultiSteps": (
         lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
         GRADIENTS[:2],
-        lambda tx: [scaled(PARAMS, 0), *updates_of(tx, [MEAN])],
+        lambda tx: [scaled(PARAMS, 0), updates_of(tx, 3 * [MEAN])[0]],
     ),
     "apply_if_finite": (
         lambda tx: optax.apply_if_finite(tx, 5),
         [GRADIENTS[0], NOT_FINITE, GRADIENTS[1]],
         lambda tx: [(u := updates_of(tx))[0], scaled(PARAMS, 0), u[1]],
-    ),
-    "scale_by_schedule": (
-        lambda tx: optax.chain(tx, optax.scale_by_schedule(lambda count: 1 / (1 + count))),
-        GRADIENTS,
-        lambda tx: [scaled(u, 1 / (1 + t)) for t, u in enumerate(updates_of(tx))],
     ),
     "inject_hyperparams": (
         lambda tx: optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(
@@ -93,19 +98,16 @@ CONTRACT = {
         GRADIENTS,
         lambda tx: [scaled(u, t / 2) for t, u in enumerate(updates_of(tx))],
     ),
-    "add_decayed_weights": (
-        lambda tx: optax.chain(tx, optax.add_decayed_weights(-0.1)),
-        GRADIENTS,
-        lambda tx: [jax.tree.map(lambda u, p: u - 0.1 * p, u, PARAMS) for u in updates_of(tx)],
-    ),
 }
 
 
 @pytest.mark.parametrize("row", CONTRACT)
 def test_inside_other_transformations(name, row):
     wrap, gradients, expected = CONTRACT[row]
-    with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides by an integer
-        assert_close(updates_of(wrap(learned_opt(name)), gradients), expected(learned_opt(name)))
+    # MultiSteps divides by an integer.
+    with jax.numpy_dtype_promotion("standard" if row == "MultiSteps" else "strict"):
+        updates = updates_of(wrap(learned_opt(name)), gradients)
+    assert_close(updates, expected(learned_opt(name)))
 
 
 def test_tree_map_params_finds_the_momenta(name):
@@ -115,23 +117,24 @@ def test_tree_map_params_finds_the_momenta(name):
     assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(changed.momenta))
 
 
-@pytest.mark.parametrize("missing", [optax.MaskedNode(), None, {}])
+@pytest.mark.parametrize("missing", [optax.MaskedNode(), None])
 def test_a_spec_may_have_more_than_the_tree(name, missing):
     without = {"layer_1": {"kernel": missing}}
     optimizer = ng_learned_opt(RULES[name], spec=SPEC, meta_params=meta_params(name))
     params, gradient = ({**tree, **without} for tree in (PARAMS, GRADIENTS[0]))
-    updates, state = optimizer.update(gradient, optimizer.init(params), params)
-    assert_same_structure(updates, params)
-    assert_close(part(updates), updates_of_part(learned_opt(name))[0])
+    updates, state = run(optimizer, params, [gradient])
+    assert_same_structure(updates, stacked([params]))
+    assert_close(part(updates), stacked(updates_of_part(learned_opt(name))[:1]))
     assert len(jax.tree.leaves(state.momenta)) == 5 * 2
 
 
 def test_trees_without_leaves_and_leaves_without_elements(name):
     optimizer = learned_opt(name)
-    for tree in ({}, {"a": None}, {"a": jnp.zeros((0, 3)), "b": jnp.ones(())}):
-        updates, state = optimizer.update(tree, optimizer.init(tree), tree)
-        assert_same_structure(updates, tree)
-        assert is_finite((updates, state))
+    assert optimizer.update({}, optimizer.init({}), {})[0] == {}
+    tree = {"a": np.zeros((0, 3), np.float32), "b": np.ones((), np.float32), "c": None}
+    updates, state = run(optimizer, tree, [tree])
+    assert_same_structure(updates, stacked([tree]))
+    assert is_finite((updates, state))
 
 
 # -- under JAX's transformations ---------------------------------------------------------------------------------------
@@ -162,7 +165,8 @@ def test_loop_with_donated_arrays_compiles_once_and_is_the_scan(name):
 
 def test_vmap_over_optimizees(name):
     optimizees = [(PARAMS, GRADIENTS), (normal(8, scale=0.1), GRADIENTS[::-1])]
-    both = jax.vmap(lambda params, gradients: run(learned_opt(name), params, gradients))(*stacked(optimizees))
+    stacks = stacked([(params, stacked(gradients)) for params, gradients in optimizees])
+    both = jax.vmap(functools.partial(scan_steps, learned_opt(name)))(*stacks)
     expected = [run(learned_opt(name), *optimizee) for optimizee in optimizees]
     assert_close(both, stacked(expected))
 
@@ -191,7 +195,7 @@ def test_sharded_parameters(name, kind):
 
 def test_saved_and_restored(name, tmp_path):
     optimizer = learned_opt(name)
-    before = run(optimizer, PARAMS, GRADIENTS)[1]
+    before = jax.tree.map(jnp.asarray, run(optimizer, PARAMS, GRADIENTS)[1])
     checkpoints = train.Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(3, before)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), before)
@@ -215,8 +219,8 @@ def cast(tree, dtype):
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_low_precision_rounds_only_the_result(name, dtype):
+def test_bfloat16_rounds_only_the_result(name):
+    dtype = jnp.bfloat16
     params, gradients = cast((PARAMS, GRADIENTS), dtype)
     updates, state = run(learned_opt(name), params, gradients)
     expected, expected_state = run(learned_opt(name), *cast((params, gradients), jnp.float32))
@@ -232,7 +236,7 @@ def test_gradients_may_be_more_precise_than_parameters(name):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_extreme_gradients_give_finite_updates(name, dtype):
-    signs = stacked([jax.tree.map(jnp.sign, gradient) for gradient in GRADIENTS])
+    signs = stacked([jax.tree.map(np.sign, gradient) for gradient in GRADIENTS])
     for size in (0.0, 1e-30, 1e-12, 1e12, 1e30):
         gradients = cast(scaled(signs, size), dtype)
         one_after_the_other = [jax.tree.map(lambda leaf, t=t: leaf[t], gradients) for t in range(3)]
@@ -241,7 +245,9 @@ def test_extreme_gradients_give_finite_updates(name, dtype):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_gradients_that_are_not_finite_show_in_the_updates(name, value):
-    gradients = [jax.tree.map(lambda leaf: leaf.at[0].set(value), gradient) for gradient in GRADIENTS]
+    gradients = [jax.tree.map(np.copy, gradient) for gradient in GRADIENTS]
+    for leaf in jax.tree.leaves(gradients):
+        leaf[0] = value
     updates, _ = run(learned_opt(name), PARAMS, gradients)
     assert not any(np.any(np.isfinite(leaf[:, 0])) for leaf in jax.tree.leaves(updates))
 

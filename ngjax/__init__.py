@@ -17,6 +17,7 @@ from ngjax.nn import (
     save_model,
     weight_statistics,
 )
+from ngjax.optimizers import init_meta_params, ng_learned_opt
 from ngjax.plots import plot_spec
 from ngjax.spec import NeuralGraphSpec
 from ngjax.symmetry import permute_params, permute_randomly, random_permutations
@@ -43,9 +44,11 @@ __all__ = [
     "check_symmetry",
     "cnn_spec",
     "infer_spec",
+    "init_meta_params",
     "load_model",
     "match_params",
     "mlp_spec",
+    "ng_learned_opt",
     "permute_params",
     "permute_randomly",
     "plot_spec",

@@ -325,7 +325,7 @@ def _kernel_view(param: int, layer: Layer, positions: int, *, channels_first: bo
 
 # Flax and Haiku: [*taps, in, out]; Equinox and PyTorch: [out, in, *taps].
 _OUT_FIRST = {"kernel": False, "w": False, "weight": True}
-_BIAS_NAMES = ("bias", "b")
+BIAS_NAMES = ("bias", "b")
 # Layers whose kernels are laid out in other ways, or are none.
 _FOREIGN_NAMES = ("transpose", "embed")
 _ADVICE = (
@@ -398,9 +398,9 @@ def _by_layer(leaves: Iterable[ParamSpec]) -> dict[LayerName, dict[str, ParamSpe
     layers: dict[LayerName, dict[str, ParamSpec]] = {}
     for leaf in leaves:
         where = format_path(leaf.path)
-        *prefix, name = _name_parts(leaf.path)
+        *prefix, name = name_parts(leaf.path)
         rank = len(leaf.shape)
-        slot = "bias" if name in _BIAS_NAMES else "kernel" if name in _OUT_FIRST else None
+        slot = "bias" if name in BIAS_NAMES else "kernel" if name in _OUT_FIRST else None
         fits = (slot == "bias" and rank and math.prod(leaf.shape[1:]) == 1) or (slot == "kernel" and 2 <= rank <= 5)
         if not fits or min(leaf.shape) < 1:
             raise ValueError(
@@ -427,7 +427,7 @@ def _layer(name: LayerName, found: dict[str, ParamSpec]) -> Layer:
     if "kernel" not in found:
         raise ValueError(f"layer {where} has a bias but no kernel; {_ADVICE}")
     kernel, bias = found["kernel"], found.get("bias")
-    out_first = _OUT_FIRST[_name_parts(kernel.path)[-1]]
+    out_first = _OUT_FIRST[name_parts(kernel.path)[-1]]
     layer = Layer(
         kernel.path,
         kernel.shape,
@@ -491,7 +491,7 @@ def _in_order(layers: Sequence[NamedLayer]) -> list[NamedLayer]:
     Raises:
       ValueError: they do not chain in this order, or also in another one that the numbers in their names allow.
     """
-    chain = sorted(layers, key=lambda item: (not item.layer.taps, _natural_order(item.name)))
+    chain = sorted(layers, key=lambda item: (not item.layer.taps, natural_order(item.name)))
     for a, b in itertools.product(chain, repeat=2):
         if b.layer.taps and not a.layer.taps and _numbered_before(a.name, b.name):
             raise ValueError(f"{_no_chain(a.layer, b.layer)} (layers in natural order of their names); {_ADVICE}")
@@ -548,7 +548,7 @@ def _numbered_before(a: LayerName, b: LayerName) -> bool:
     return len(ours) > 0 and re.fullmatch(re.escape(first) + r"[_-]?\d+", second) is not None
 
 
-def _natural_order(name: LayerName) -> list[tuple[int, int, str]]:
+def natural_order(name: LayerName) -> list[tuple[int, int, str]]:
     """Sorts numbers inside names by value: `Dense_2` before `Dense_10`, and `linear` before `linear_1`."""
     key: list[tuple[int, int, str]] = []
     for part in name:
@@ -562,7 +562,7 @@ def _pieces(part: str) -> list[str]:
     return re.findall(r"[0-9]+|[^0-9]+", part)
 
 
-def _name_parts(path: Path) -> list[Any]:
+def name_parts(path: Path) -> list[Any]:
     """Names from root to leaf: names with dots or slashes taken apart, the `value` of an NNX variable left out."""
     steps = list(path)
     if len(steps) > 1 and steps[-1].kind == "attr" and steps[-1].key == "value":

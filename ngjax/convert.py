@@ -1,5 +1,7 @@
 """Checkpoints of the PyTorch reference models (Kofinas et al. 2024, `mkofinas/neural-graphs`) in this library's models.
 
+Those of its learned optimizers (`lsbicego/learning-gnns`) too.
+
 Only arrays come in: read a checkpoint with `ngjax.torch_file` or torch, and pass its tensors by name.
 """
 
@@ -13,12 +15,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from ngjax.chains import mlp_spec
 from ngjax.graph import GroupedGraph, to_groups, to_params
 from ngjax.nn import NGGNN, NGT, EncoderConfig, GraphReadout, ParamsReadout, WeightSpaceModel, WeightStatistics
-from ngjax.spec import NeuralGraphSpec
+from ngjax.optimizers.features import MOMENTUM_DECAYS, PREPROCESS_P
+from ngjax.optimizers.heads import MAGNITUDE_SCALE, STEP_SCALE
+from ngjax.optimizers.rules import FFRule, LSTMRule, Rule
+from ngjax.optimizers.transform import ordered_learned_opt
+from ngjax.spec import NeuralGraphSpec, Path, path_keys
 from ngjax.zoo.siren import apply_siren
 
 REPAIRS = ("alignment", "normalization", "masking")
@@ -44,14 +51,22 @@ class ReferenceModel(NamedTuple):
     spec: NeuralGraphSpec
 
 
+class ReferenceRule(NamedTuple):
+    """A learned optimizer of the reference in this library's terms: `ng_learned_opt(rule, meta_params=meta_params)`."""
+
+    rule: Rule
+    meta_params: dict[str, Any]
+
+
 def from_reference(
     config: Mapping[str, Any], state_dict: Mapping[str, Any], *, repair: Collection[str] = ()
-) -> Callable[[Layers, Layers], Any]:
+) -> Callable[[Layers, Layers], Any] | optax.GradientTransformationExtraArgs:
     """A callable with the library's own model inside that computes what the reference computes.
 
     Args:
-      config: of the model: `model` is one of `ng_gnn_classifier`, `ng_t_classifier`, `ng_gnn_editor`, `ng_t_editor` and
-        `siren_render`; the other entries are plain hyper-parameters.
+      config: of the model: `model` is one of `ng_gnn_classifier`, `ng_t_classifier`, `ng_gnn_editor`, `ng_t_editor`,
+        `siren_render`, `learned_optimizer_ff` and `learned_optimizer_lstm`; the other entries are plain
+        hyper-parameters.
       state_dict: arrays by parameter name, with or without the prefix `param/`. They may be traced, so that gradients
         with respect to them can be taken.
       repair: defects of the reference to put right: `"alignment"` (the NG-GNN editor reads biases from their
@@ -60,10 +75,12 @@ def from_reference(
 
     Returns:
       `f(weights, biases)` of lists of `[B, in, out, 1]` and `[B, out, 1]`, which returns logits `[B, classes]`, for
-      editors `(delta_weights, delta_biases)` of the same shapes, for `siren_render` values `[B, points, outputs]`.
+      editors `(delta_weights, delta_biases)` of the same shapes, for `siren_render` values `[B, points, outputs]`. For
+      learned optimizers an `optax` transformation over a dict of the tensors named in `config["parameter_order"]`.
 
     Raises:
-      ValueError: an unknown model or repair, a parameter that is missing, left over or of the wrong shape.
+      ValueError: an unknown model or repair, a parameter that is missing, left over or of the wrong shape, a constant
+        of the learned optimizers' features that is not this library's.
     """
     unknown = set(repair) - set(REPAIRS)
     if unknown:
@@ -71,6 +88,8 @@ def from_reference(
     state = _State(state_dict)
     if config.get("model") == "siren_render":
         return _siren_render(config, state)
+    if str(config.get("model")).startswith("learned_optimizer"):
+        return _learned_optimizer(config, state_dict)
     model, variables, spec = reference_model(config, state_dict, repair=repair)
 
     def run(weights: Layers, biases: Layers) -> Any:
@@ -98,7 +117,7 @@ def reference_model(
         "ng_t_editor": _transformer,
     }
     if kind not in builders:
-        raise ValueError(f"unknown model {kind!r}; known are {', '.join([*builders, 'siren_render'])}")
+        raise ValueError(f"unknown model {kind!r}; known are {', '.join([*builders, 'siren_render', *_OPTIMIZERS])}")
     sizes = tuple(config["layer_sizes"])
     spec = mlp_spec(sizes, activation="siren")
     encoder, params, constants = _encoder(config, state, sizes)
@@ -115,6 +134,30 @@ def reference_model(
     if constants:
         variables["constants"] = {"backbone": {"encoder": constants}}
     return ReferenceModel(WeightSpaceModel(backbone, readout), variables, spec)
+
+
+def reference_rule(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> ReferenceRule:
+    """The update rule of a learned optimizer and its meta-parameters; arguments and errors as in `from_reference`."""
+    constants = {
+        "momentum_decays": list(MOMENTUM_DECAYS),
+        "preprocess_p": PREPROCESS_P,
+        "step_scale": STEP_SCALE,
+        "magnitude_scale": MAGNITUDE_SCALE,
+    }
+    for name, expected in constants.items():
+        if config.get(name, expected) != expected:
+            raise ValueError(f"config {name}: this library computes with {expected}, received {config[name]}")
+    kind = config.get("model")
+    if kind not in _OPTIMIZERS:
+        raise ValueError(f"learned optimizer {kind!r} is not supported yet; known are {', '.join(_OPTIMIZERS)}")
+    state = _State(state_dict)
+    if "momentum" in state:
+        state.get("momentum")  # a buffer with the decays
+    rule, meta_params = _OPTIMIZERS[kind](config, state)
+    num_layers = config["head_hidden_layers"] + 1
+    meta_params["head"] = {f"dense_{i}": state.linear(f"fc.{2 * i}") for i in range(num_layers)}
+    state.check_all_used()
+    return ReferenceRule(rule, meta_params)
 
 
 class _State:
@@ -351,3 +394,41 @@ def _siren_render(config: Mapping[str, Any], state: _State) -> Callable[[Layers,
         return jax.vmap(run)(params)
 
     return render
+
+
+def _learned_optimizer(
+    config: Mapping[str, Any], state_dict: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    places = {name: i for i, name in enumerate(config["parameter_order"])}
+
+    def recorded_order(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        del shapes
+        names = [".".join(map(str, path_keys(path))) for path in paths]
+        unknown = [name for name in names if name not in places]
+        if unknown:
+            raise ValueError(f"parameter {unknown[0]} is not in the recorded order: {', '.join(places)}")
+        return sorted(range(len(names)), key=lambda i: places[names[i]])
+
+    return ordered_learned_opt(*reference_rule(config, state_dict), recorded_order)
+
+
+def _ff_rule(config: Mapping[str, Any], state: _State) -> tuple[Rule, dict[str, Any]]:
+    del state  # there is a head and nothing else
+    return FFRule(config["backbone_hidden"], config["head_hidden_layers"]), {}
+
+
+def _lstm_rule(config: Mapping[str, Any], state: _State) -> tuple[Rule, dict[str, Any]]:
+    meta_params = {
+        "summary_0": state.linear("gnn_proj.0"),
+        "summary_1": state.linear("gnn_proj.2"),
+        "input_kernel": state.get("gnn.weight_ih").T,
+        "hidden_kernel": state.get("gnn.weight_hh").T,
+        "bias": state.get("gnn.bias_ih") + state.get("gnn.bias_hh"),
+    }
+    return LSTMRule(config["backbone_hidden"], config["head_hidden_layers"]), meta_params
+
+
+_OPTIMIZERS: dict[str, Callable[[Mapping[str, Any], _State], tuple[Rule, dict[str, Any]]]] = {
+    "learned_optimizer_ff": _ff_rule,
+    "learned_optimizer_lstm": _lstm_rule,
+}

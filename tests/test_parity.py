@@ -10,9 +10,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ngjax import convert
+from ngjax.optimizers import features as scalar_features
+from ngjax.optimizers.order import natural_layer_order
+from ngjax.spec import PathKey
 
 CASES = (
     "ng_gnn_inr_mean_all",
@@ -26,7 +30,9 @@ CASES = (
     "ng_t_edit_denormalised",
     "siren_render",
 )
+OPTIMIZERS = ("metaopt_ff", "metaopt_lstm")
 FORWARD, GRADIENT = 1e-5, 1e-4
+LATER_STEPS = 3e-5  # of an optimizer: the preprocessing amplifies what rounding did to momenta near zero
 
 
 def load(name, request):
@@ -144,3 +150,94 @@ def test_names_without_prefix_are_read(request):
     state = {key.removeprefix("param/"): value for key, value in case.items() if key.startswith("param/")}
     logits = jax.jit(convert.from_reference(config, state))(listed(case, "in/weights"), listed(case, "in/biases"))
     assert_close(logits, case["out/logits"], FORWARD, "logits")
+
+
+def optimizee(case, prefix, order):
+    """The recorded tensors `prefix/<name>`, by name."""
+    return {name: jnp.asarray(case[f"{prefix}/{name}"]) for name in order}
+
+
+def flat(tree, order):
+    return jnp.concatenate([tree[name].reshape(-1) for name in order])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_three_steps_of_learned_optimizers(name, request):
+    config, case = load(name, request)
+    order = config["parameter_order"]
+    state_dict = {key: value for key, value in case.items() if key.startswith("param/")}
+    gradients = [optimizee(case, f"in/step{t}/grads", order) for t in range(config["steps"])]
+
+    @jax.jit
+    def step(state_dict, gradients, state, params):
+        return convert.from_reference(config, state_dict).update(gradients, state, params)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient_of_last_step(state_dict, gradients, state, params):
+        updates, _ = step(state_dict, gradients, state, params)
+        loss = jnp.sum(flat(updates, order) * case["in/cotangent"])
+        return loss, loss
+
+    params = optimizee(case, "in/step0/params", order)
+    state = convert.from_reference(config, state_dict).init(params)
+    for t, gradient in enumerate(gradients):
+        if t == config["steps"] - 1:
+            by_state, loss = gradient_of_last_step(state_dict, gradient, state, params)
+        updates, state = step(state_dict, gradient, state, params)
+        tolerance = LATER_STEPS if t else FORWARD
+        assert_close(flat(updates, order), case[f"out/step{t}/update"], tolerance, f"update {t}")
+        params = optax.apply_updates(params, updates)
+        if f"out/step{t + 1}/params/{order[0]}" in case:
+            for tensor in order:
+                assert_close(params[tensor], case[f"out/step{t + 1}/params/{tensor}"], FORWARD, f"{tensor} {t + 1}")
+    momenta = jnp.stack([flat(momentum, order) for momentum in state.momenta], axis=-1)
+    assert_close(momenta, case["out/step2/momentum"], FORWARD, "momenta")
+    assert_close(loss, case["out/loss"], LATER_STEPS, "loss")
+    recorded = [key for key in case if key.startswith("gradparam/")]
+    assert recorded
+    for key in recorded:
+        assert_close(by_state[key.replace("gradparam", "param")], case[key], GRADIENT, key)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_features_and_heads_of_learned_optimizers(name, request):
+    config, case = load(name, request)
+    rule, theta = convert.reference_rule(config, {k: v for k, v in case.items() if k.startswith("param/")})
+    params, gradients = (optimizee(case, f"in/step0/{kind}", config["parameter_order"]) for kind in ("params", "grads"))
+
+    @jax.jit
+    def run(theta, params, gradients):
+        features = [
+            scalar_features.scalar_features(params[tensor], gradients[tensor], 5 * [gradients[tensor]])
+            for tensor in config["parameter_order"]
+        ]
+        return features, rule.apply({"params": theta}, features)
+
+    features, outputs = (
+        np.concatenate([np.reshape(x, (-1, x.shape[-1])) for x in tensors]) for tensors in run(theta, params, gradients)
+    )
+    assert_close(features[:256], case["out/step0/head_input_first256"][:, :14], FORWARD, "first features")
+    assert_close(features[-64:], case["out/step0/head_input_last64"][:, :14], FORWARD, "last features")
+    assert_close(outputs, case["out/step0/head_output"], FORWARD, "head output")
+
+
+def test_order_of_names_is_the_recorded_one(request):
+    config, case = load("metaopt_lstm", request)
+    shuffled = sorted(config["parameter_order"])
+    shapes = [case[f"in/step0/params/{name}"].shape for name in shuffled]
+    order = natural_layer_order([(PathKey("dict", name),) for name in shuffled], shapes)
+    assert [shuffled[i] for i in order] == config["parameter_order"] != shuffled
+
+
+def test_learned_optimizers_of_other_kinds_and_constants_are_refused(request):
+    config, case = load("metaopt_ff", request)
+    state_dict = {key: value for key, value in case.items() if key.startswith("param/")}
+    with pytest.raises(ValueError, match="learned_optimizer_ng_gnn' is not supported yet.*learned_optimizer_lstm"):
+        convert.from_reference({**config, "model": "learned_optimizer_ng_gnn"}, state_dict)
+    with pytest.raises(ValueError, match="preprocess_p: this library computes with 10, received 12"):
+        convert.from_reference({**config, "preprocess_p": 12}, state_dict)
+    with pytest.raises(ValueError, match=r"does not have: fc\.9\.weight"):
+        convert.from_reference(config, state_dict | {"param/fc.9.weight": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"parameter head is not in the recorded order: conv\.0\.weight"):
+        convert.from_reference(config, state_dict).init({"head": jnp.zeros(3)})

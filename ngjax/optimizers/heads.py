@@ -1,0 +1,100 @@
+"""From the features of a scalar to its update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ngjax.optimizers.features import NUM_FEATURES
+
+STEP_SCALE = 0.01
+MAGNITUDE_SCALE = 0.01
+
+
+class Linear(NamedTuple):
+    """A linear map of the last axis."""
+
+    kernel: Float[Array, "in out"]
+    bias: Float[Array, " out"]
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        # One product with all leading axes: merged into one, those of sharded parameters would have to be gathered.
+        return x @ self.kernel + self.bias
+
+
+def uniform_within(bound: float) -> nn.initializers.Initializer:
+    """Uniform between `-bound` and `bound`."""
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class LinearParams(nn.Module):
+    """Declares a linear map. Kernel and bias start uniform within `1 / sqrt(inputs)`, as in the paper's code."""
+
+    inputs: int
+    outputs: int
+
+    @nn.compact
+    def __call__(self) -> Linear:
+        init = uniform_within(1 / math.sqrt(self.inputs))
+        kernel = self.param("kernel", init, (self.inputs, self.outputs), jnp.float32)
+        return Linear(kernel, self.param("bias", init, (self.outputs,), jnp.float32))
+
+
+def update_head(
+    layers: Sequence[Linear], features: Float[Array, "*s 14"], backbone: Float[Array, "... B"] | None = None
+) -> Float[Array, "*s 2"]:
+    """A perceptron on `[features, backbone]`.
+
+    Args:
+      layers: at least one; relu stands between them.
+      features: of each scalar.
+      backbone: what a rule adds to them. Its leading axes broadcast to those of `features`.
+
+    Returns:
+      Direction and magnitude, see `paper_step`.
+    """
+    kernel, bias = layers[0]
+    if backbone is not None:
+        # The product with each part alone: what many scalars share is multiplied once.
+        bias = backbone @ kernel[NUM_FEATURES:] + bias
+    x = features @ kernel[:NUM_FEATURES] + bias
+    for layer in layers[1:]:
+        x = layer(nn.relu(x))
+    return x
+
+
+def paper_step(head: Float[Array, "... 2"]) -> Float[Array, "..."]:
+    """The update `0.01 s exp(0.01 m)` of direction `s` and magnitude `m`, to be added to the parameter."""
+    return head[..., 0] * STEP_SCALE * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
+
+
+class UpdateHead(nn.Module):
+    """The perceptron of `update_head`.
+
+    Attributes:
+      width: of the hidden layers.
+      num_hidden: hidden layers.
+    """
+
+    width: int
+    num_hidden: int
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "*s 14"], backbone: Float[Array, "... B"] | None = None
+    ) -> Float[Array, "*s 2"]:
+        """Arguments and result of `update_head`."""
+        inputs = NUM_FEATURES + (0 if backbone is None else backbone.shape[-1])
+        widths = [inputs, *[self.width] * self.num_hidden, 2]
+        layers = [LinearParams(widths[i], widths[i + 1], name=f"dense_{i}")() for i in range(self.num_hidden + 1)]
+        return update_head(layers, features, backbone)

@@ -1,0 +1,104 @@
+"""Update rules: from the features of all scalars of a network to the direction and magnitude of their updates.
+
+A rule is a Linen module. It reads one array of features per parameter tensor, in the order of the layers, and returns
+one array of `(direction, magnitude)` for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ngjax.optimizers.features import NUM_FEATURES
+from ngjax.optimizers.heads import Linear, LinearParams, UpdateHead, uniform_within
+
+
+class FFRule(nn.Module):
+    """Every scalar for itself: the perceptron alone (`FF` of the paper, 5,250 meta-parameters).
+
+    Attributes:
+      width: of the hidden layers.
+      num_hidden: hidden layers.
+    """
+
+    width: int = 64
+    num_hidden: int = 2
+
+    @nn.compact
+    def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
+        """`[*shape, 14]` to `[*shape, 2]` for every tensor."""
+        head = UpdateHead(self.width, self.num_hidden, name="head")
+        return tuple(head(f) for f in features)
+
+
+class LSTMCell(NamedTuple):
+    """Weights of an LSTM; gates stand in the order input, forget, candidate, output."""
+
+    input_kernel: Float[Array, "in 4*h"]
+    hidden_kernel: Float[Array, "h 4*h"]
+    bias: Float[Array, " 4*h"]
+
+
+def lstm_over(cell: LSTMCell, inputs: Float[Array, "T in"]) -> Float[Array, "T h"]:
+    """Hidden states after each of the inputs, from a state of zero."""
+    zero = jnp.zeros(cell.hidden_kernel.shape[0], inputs.dtype)
+
+    def step(carry: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], Array]:
+        hidden, memory = carry
+        gates = x + hidden @ cell.hidden_kernel
+        into, forget, candidate, out = jnp.split(gates, 4)
+        memory = nn.sigmoid(forget) * memory + nn.sigmoid(into) * jnp.tanh(candidate)
+        hidden = nn.sigmoid(out) * jnp.tanh(memory)
+        return (hidden, memory), hidden
+
+    return jax.lax.scan(step, (zero, zero), inputs @ cell.input_kernel + cell.bias)[1]
+
+
+def tensor_summary(first: Linear, second: Linear, features: Float[Array, "*s 14"]) -> Float[Array, " h"]:
+    """The mean over the scalars of a tensor of `second(relu(first(features)))`; of none, `second(0)`."""
+    hidden = nn.relu(first(features))
+    # The second map is linear, so the mean may come before it, which leaves one vector to map.
+    scalars = tuple(range(hidden.ndim - 1))
+    return second(jnp.sum(hidden, axis=scalars) / max(1, math.prod(hidden.shape[:-1])))
+
+
+class LSTMRule(nn.Module):
+    """An LSTM that runs over the tensors of the network within one step (`LSTM` of the paper).
+
+    It reads a summary of each tensor, and its state after a tensor is given to all scalars of it. The state starts at
+    zero in every step. (The paper's 11,554 meta-parameters count the bias of the cell twice.)
+
+    Attributes:
+      width: of the LSTM and of the hidden layers of the head.
+      num_hidden: hidden layers of the head.
+    """
+
+    width: int = 32
+    num_hidden: int = 1
+
+    @nn.compact
+    def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
+        """`[*shape, 14]` to `[*shape, 2]` for every tensor, in the order of the recurrence."""
+        first = LinearParams(NUM_FEATURES, self.width, name="summary_0")()
+        second = LinearParams(self.width, self.width, name="summary_1")()
+        init = uniform_within(1 / math.sqrt(self.width))
+        cell = LSTMCell(
+            self.param("input_kernel", init, (self.width, 4 * self.width), jnp.float32),
+            self.param("hidden_kernel", init, (self.width, 4 * self.width), jnp.float32),
+            self.param("bias", init, (4 * self.width,), jnp.float32),
+        )
+        states = lstm_over(cell, jnp.stack([tensor_summary(first, second, f) for f in features]))
+        head = UpdateHead(self.width, self.num_hidden, name="head")
+        return tuple(head(f, states[i]) for i, f in enumerate(features))
+
+
+Rule = FFRule | LSTMRule
+
+RULES: dict[str, Rule] = {"ff": FFRule(), "lstm": LSTMRule()}
+"""The rules by name, in the sizes of the paper."""

@@ -1,0 +1,68 @@
+"""A small optimizee, small rules, and a few steps with them."""
+
+import functools
+
+import jax
+import numpy as np
+
+import ngjax
+from ngjax.optimizers import FFRule, LSTMRule, init_meta_params, ng_learned_opt
+
+RULES = {"ff": FFRule(width=8, num_hidden=1), "lstm": LSTMRule(width=8)}
+SIZES = (4, 8, 2)
+SPEC = ngjax.mlp_spec(SIZES)
+
+
+@functools.cache
+def meta_params(name):
+    return init_meta_params(jax.random.key(7), RULES[name])
+
+
+@functools.cache
+def learned_opt(name):
+    return ng_learned_opt(RULES[name], meta_params=meta_params(name))
+
+
+def normal(seed, scale=1.0):
+    """Weights of an MLP, or gradients of them, drawn from a normal distribution."""
+    rng = np.random.default_rng(seed)
+    return {
+        f"layer_{i}": {
+            name: np.asarray(scale * rng.standard_normal(shape), np.float32)
+            for name, shape in (("kernel", SIZES[i : i + 2]), ("bias", SIZES[i + 1 : i + 2]))
+        }
+        for i in range(len(SIZES) - 1)
+    }
+
+
+def run(optimizer, params, gradients):
+    """The updates of one step after the other at the same parameters, stacked, and the last state."""
+    return jax.device_get(scan_steps(optimizer, params, stacked(gradients)))
+
+
+# Compiled once for each optimizer, of which those above are always the same. Trees are of numpy arrays outside of it:
+# every operation of JAX's would be compiled on its own.
+@functools.partial(jax.jit, static_argnums=0)
+def scan_steps(optimizer, params, gradients):
+    def step(state, gradient):
+        update, state = optimizer.update(gradient, state, params)
+        return state, update
+
+    state, updates = jax.lax.scan(step, optimizer.init(params), gradients)
+    return updates, state
+
+
+def stacked(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def assert_close(ours, expected, tolerance=1e-5):
+    """Leaves agree relative to the greatest entry of each."""
+
+    def check(path, a, b):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert a.shape == b.shape
+        error, scale = np.max(np.abs(a - b), initial=0), np.max(np.abs(b), initial=0)
+        assert error <= tolerance * scale, f"{jax.tree_util.keystr(path)}: error {error:.1e}, scale {scale:.1e}"
+
+    jax.tree.map_with_path(check, ours, expected)

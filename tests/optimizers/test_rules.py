@@ -1,0 +1,69 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ngjax.optimizers import heads, init_meta_params, rules
+from tests.optimizers.small import RULES, meta_params
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_scalars"),
+    [("ff", 5250), ("lstm", 11554 - 4 * 32)],  # the paper's cell has two biases, of which only the sum matters
+)
+def test_sizes_of_the_paper(rule, num_scalars):
+    shapes = jax.eval_shape(lambda key: init_meta_params(key, rule), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_scalars
+
+
+def test_fresh_meta_params_are_within_the_bound_of_their_inputs():
+    theta = meta_params("lstm")
+    bounds = {"summary_0": 14, "summary_1": 8, "input_kernel": 8, "hidden_kernel": 8, "bias": 8}
+    for name, inputs in bounds.items():
+        greatest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(theta[name]))
+        assert 0.7 / np.sqrt(inputs) < greatest <= 1 / np.sqrt(inputs)
+
+
+def test_head_is_a_perceptron_on_features_and_backbone():
+    features = jax.random.normal(jax.random.key(0), (4, 3, 14))
+    backbone = jax.random.normal(jax.random.key(1), (3, 5))  # one for each of the last axis
+    head = heads.UpdateHead(width=6, num_hidden=2)
+    theta = head.init(jax.random.key(2), features, backbone)
+    joined = jnp.concatenate([features, jnp.broadcast_to(backbone, (4, 3, 5))], axis=-1)
+    expected = joined
+    for i, layer in enumerate(theta["params"][f"dense_{i}"] for i in range(3)):
+        expected = expected @ layer["kernel"] + layer["bias"]
+        expected = expected if i == 2 else jax.nn.relu(expected)
+    np.testing.assert_allclose(head.apply(theta, features, backbone), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_lstm_is_that_of_flax():
+    inputs = jax.random.normal(jax.random.key(0), (5, 4))
+    cell = nn.OptimizedLSTMCell(3)
+    carry = cell.initialize_carry(jax.random.key(1), (4,))
+    theta = cell.init(jax.random.key(2), carry, inputs[0])["params"]
+    expected = []
+    for x in inputs:
+        carry, hidden = cell.apply({"params": theta}, carry, x)
+        expected.append(hidden)
+    ours = rules.LSTMCell(
+        jnp.concatenate([theta[f"i{gate}"]["kernel"] for gate in "ifgo"], axis=1),
+        jnp.concatenate([theta[f"h{gate}"]["kernel"] for gate in "ifgo"], axis=1),
+        jnp.concatenate([theta[f"h{gate}"]["bias"] for gate in "ifgo"]),
+    )
+    np.testing.assert_allclose(rules.lstm_over(ours, inputs), jnp.stack(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_meta_gradients_are_finite(name):
+    rng = np.random.default_rng(1)
+    features = tuple(rng.standard_normal((*shape, 14), np.float32) for shape in ((4, 3), (0,), (2,)))
+
+    @jax.jit
+    @jax.grad
+    def gradient(theta, features):
+        return sum(jnp.sum(heads.paper_step(head)) for head in RULES[name].apply({"params": theta}, features))
+
+    gradients = gradient(meta_params(name), features)
+    assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))

@@ -1,0 +1,350 @@
+"""What `optax` and JAX ask of a transformation, for every rule."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+import ngjax
+from ngjax import train
+from ngjax.optimizers import init_meta_params, ng_learned_opt
+from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run, scan_steps, stacked
+
+pytestmark = pytest.mark.parametrize("name", RULES)
+
+PARAMS = normal(0)
+GRADIENTS = [normal(1 + t, scale=10.0**-t) for t in range(3)]
+
+
+def assert_same_structure(ours, expected):
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (ours, expected)]
+    assert shapes[0] == shapes[1]
+
+
+def is_finite(tree):
+    return all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(tree))
+
+
+# -- inside other transformations -------------------------------------------------------------------------------------
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda leaf: np.float32(factor) * leaf, tree)
+
+
+def updates_of(optimizer, gradients=GRADIENTS):
+    """The updates of all steps, one tree each."""
+    updates = run(optimizer, PARAMS, gradients)[0]
+    return [jax.tree.map(lambda leaf, t=t: leaf[t], updates) for t in range(len(gradients))]
+
+
+def part(tree):
+    return {"layer_0": tree["layer_0"]}
+
+
+def updates_of_part(optimizer):
+    updates = run(optimizer, part(PARAMS), [part(gradient) for gradient in GRADIENTS])[0]
+    return [jax.tree.map(lambda leaf, t=t: leaf[t], updates) for t in range(len(GRADIENTS))]
+
+
+MEAN = jax.tree.map(lambda a, b: (a + b) / 2, *GRADIENTS[:2])
+NOT_FINITE = scaled(PARAMS, np.nan)
+
+CONTRACT = {
+    # Name: the transformation around a learned one, the gradients it gets, the updates that are expected.
+    "chain": (
+        lambda tx: optax.chain(
+            optax.scale(2.0),
+            tx,
+            optax.scale_by_schedule(lambda count: 1 / (1 + count)),
+            optax.add_decayed_weights(-0.1),
+        ),
+        GRADIENTS,
+        lambda tx: [
+            jax.tree.map(lambda u, p, t=t: u / np.float32(1 + t) - np.float32(0.1) * p, u, PARAMS)
+            for t, u in enumerate(updates_of(tx, [scaled(g, 2) for g in GRADIENTS]))
+        ],
+    ),
+    "masked": (
+        lambda tx: optax.masked(tx, {"layer_0": True, "layer_1": False}),
+        GRADIENTS,
+        lambda tx: [{**g, **u} for g, u in zip(GRADIENTS, updates_of_part(tx), strict=True)],
+    ),
+    "multi_transform": (
+        lambda tx: optax.multi_transform(
+            {"learned": tx, "sgd": optax.sgd(0.5)}, {"layer_0": "learned", "layer_1": "sgd"}
+        ),
+        GRADIENTS,
+        lambda tx: [{**scaled(g, -0.5), **u} for g, u in zip(GRADIENTS, updates_of_part(tx), strict=True)],
+    ),
+    "MultiSteps": (
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+        GRADIENTS[:2],
+        lambda tx: [scaled(PARAMS, 0), updates_of(tx, 3 * [MEAN])[0]],
+    ),
+    "apply_if_finite": (
+        lambda tx: optax.apply_if_finite(tx, 5),
+        [GRADIENTS[0], NOT_FINITE, GRADIENTS[1]],
+        lambda tx: [(u := updates_of(tx))[0], scaled(PARAMS, 0), u[1]],
+    ),
+    "inject_hyperparams": (
+        lambda tx: optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(
+            scale=optax.linear_schedule(0.0, 1.0, 2)
+        ),
+        GRADIENTS,
+        lambda tx: [scaled(u, t / 2) for t, u in enumerate(updates_of(tx))],
+    ),
+}
+
+
+@pytest.mark.parametrize("row", CONTRACT)
+def test_inside_other_transformations(name, row):
+    wrap, gradients, expected = CONTRACT[row]
+    # MultiSteps divides by an integer.
+    with jax.numpy_dtype_promotion("standard" if row == "MultiSteps" else "strict"):
+        updates = updates_of(wrap(learned_opt(name)), gradients)
+    assert_close(updates, expected(learned_opt(name)))
+
+
+def test_tree_map_params_finds_the_momenta(name):
+    state = learned_opt(name).init(PARAMS)
+    changed = optax.tree.map_params(learned_opt(name), lambda leaf: leaf + 1, state)
+    assert changed.count == 0
+    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(changed.momenta))
+
+
+@pytest.mark.parametrize("missing", [optax.MaskedNode(), None])
+def test_a_spec_may_have_more_than_the_tree(name, missing):
+    without = {"layer_1": {"kernel": missing}}
+    optimizer = ng_learned_opt(RULES[name], spec=SPEC, meta_params=meta_params(name))
+    params, gradient = ({**tree, **without} for tree in (PARAMS, GRADIENTS[0]))
+    updates, state = run(optimizer, params, [gradient])
+    assert_same_structure(updates, stacked([params]))
+    assert_close(part(updates), stacked(updates_of_part(learned_opt(name))[:1]))
+    assert len(jax.tree.leaves(state.momenta)) == 5 * 2
+
+
+def test_trees_without_leaves_and_leaves_without_elements(name):
+    optimizer = learned_opt(name)
+    assert optimizer.update({}, optimizer.init({}), {})[0] == {}
+    tree = {"a": np.zeros((0, 3), np.float32), "b": np.ones((), np.float32), "c": None}
+    updates, state = run(optimizer, tree, [tree])
+    assert_same_structure(updates, stacked([tree]))
+    assert is_finite((updates, state))
+
+
+# -- under JAX's transformations ---------------------------------------------------------------------------------------
+
+
+def test_loop_with_donated_arrays_compiles_once_and_is_the_scan(name):
+    optimizer = learned_opt(name)
+    traces = []
+
+    def step(params, state, gradients):
+        traces.append(None)
+        updates, state = optimizer.update(gradients, state, params, loss=0.0, unknown=None)
+        return params, updates, state
+
+    donating = jax.jit(step, donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.array, PARAMS)
+    state = optimizer.init(params)
+    all_updates = []
+    for gradients in GRADIENTS:
+        before = (params, state)
+        params, updates, state = donating(params, state, gradients)
+        all_updates.append(updates)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert len(traces) == 1
+    assert state.count == 3
+    assert_close((stacked(all_updates), state), run(optimizer, PARAMS, GRADIENTS))
+
+
+def test_vmap_over_optimizees(name):
+    optimizees = [(PARAMS, GRADIENTS), (normal(8, scale=0.1), GRADIENTS[::-1])]
+    stacks = stacked([(params, stacked(gradients)) for params, gradients in optimizees])
+    both = jax.vmap(functools.partial(scan_steps, learned_opt(name)))(*stacks)
+    expected = [run(learned_opt(name), *optimizee) for optimizee in optimizees]
+    assert_close(both, stacked(expected))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_sharded_parameters(name, kind):
+    optimizer = learned_opt(name)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    layouts = {"kernel": jax.P("data", "model"), "bias": jax.P("model")}
+
+    def shard(tree):
+        return jax.tree.map_with_path(
+            lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, layouts[path[-1].key])), tree
+        )
+
+    with jax.set_mesh(mesh):
+        params, gradients = shard(PARAMS), shard(GRADIENTS[0])
+        state = optimizer.init(params)
+        updates, new_state = jax.jit(optimizer.update)(gradients, state, params)
+    for tree in (updates, *state.momenta, *new_state.momenta):
+        for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
+            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    assert_close(updates, updates_of(optimizer)[0])
+    assert_close(new_state.momenta, 5 * (GRADIENTS[0],))
+
+
+def test_saved_and_restored(name, tmp_path):
+    optimizer = learned_opt(name)
+    before = jax.tree.map(jnp.asarray, run(optimizer, PARAMS, GRADIENTS)[1])
+    checkpoints = train.Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(3, before)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), before)
+    after = checkpoints.restore(3, abstract)
+    checkpoints.close()
+    assert_close(after, before, tolerance=0)
+    assert_same_structure(after, before)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_permuting_neurons_permutes_updates(name):
+    permutations = ngjax.random_permutations(jax.random.key(3), SPEC)
+    params, *gradients = (ngjax.permute_params(SPEC, permutations, tree) for tree in (PARAMS, *GRADIENTS))
+    expected = [ngjax.permute_params(SPEC, permutations, update) for update in updates_of(learned_opt(name))]
+    assert_close(run(learned_opt(name), params, gradients)[0], stacked(expected))
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def test_bfloat16_rounds_only_the_result(name):
+    dtype = jnp.bfloat16
+    params, gradients = cast((PARAMS, GRADIENTS), dtype)
+    updates, state = run(learned_opt(name), params, gradients)
+    expected, expected_state = run(learned_opt(name), *cast((params, gradients), jnp.float32))
+    assert_same_structure((updates, state), (cast(expected, dtype), expected_state))
+    assert_close(state, expected_state)
+    assert_close(updates, expected, float(jnp.finfo(dtype).eps))
+
+
+def test_gradients_may_be_more_precise_than_parameters(name):
+    params = cast(PARAMS, jnp.bfloat16)
+    assert_same_structure(run(learned_opt(name), params, GRADIENTS)[0], cast(stacked(GRADIENTS), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_extreme_gradients_give_finite_updates(name, dtype):
+    signs = stacked([jax.tree.map(np.sign, gradient) for gradient in GRADIENTS])
+    for size in (0.0, 1e-30, 1e-12, 1e12, 1e30):
+        gradients = cast(scaled(signs, size), dtype)
+        one_after_the_other = [jax.tree.map(lambda leaf, t=t: leaf[t], gradients) for t in range(3)]
+        assert is_finite(run(learned_opt(name), cast(PARAMS, dtype), one_after_the_other))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_gradients_that_are_not_finite_show_in_the_updates(name, value):
+    gradients = [jax.tree.map(np.copy, gradient) for gradient in GRADIENTS]
+    for leaf in jax.tree.leaves(gradients):
+        leaf[0] = value
+    updates, _ = run(learned_opt(name), PARAMS, gradients)
+    assert not any(np.any(np.isfinite(leaf[:, 0])) for leaf in jax.tree.leaves(updates))
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def without_bias(tree):
+    return {**tree, "layer_1": {"kernel": tree["layer_1"]["kernel"]}}
+
+
+def transposed(tree):
+    return {**tree, "layer_0": {**tree["layer_0"], "kernel": tree["layer_0"]["kernel"].T}}
+
+
+def with_new_leaf(tree):
+    return {**tree, "new": jnp.zeros(3)}
+
+
+BAD_UPDATES = {
+    # What comes as gradients and parameters after `init(PARAMS)`, and what the message says.
+    "no params": (lambda g, p: (g, None), ValueError, "argument params is missing"),
+    "no gradient": (
+        lambda g, p: (without_bias(g), p),
+        ValueError,
+        r"gradient layer_1/bias: expected shape \(2,\), as init saw it, received no such leaf",
+    ),
+    "gradient of another shape": (
+        lambda g, p: (transposed(g), p),
+        ValueError,
+        r"gradient layer_0/kernel: expected shape \(4, 8\), .* received shape \(8, 4\)",
+    ),
+    "new leaf": (
+        lambda g, p: (with_new_leaf(g), with_new_leaf(p)),
+        ValueError,
+        r"gradient new: expected no such leaf, .* received shape \(3,\)",
+    ),
+    "other params": (
+        lambda g, p: (g, without_bias(p)),
+        ValueError,
+        r"parameter layer_1/bias: expected shape \(2,\)",
+    ),
+    "integer gradient": (
+        lambda g, p: ({**g, "layer_0": jax.tree.map(lambda leaf: leaf.astype(jnp.int32), g["layer_0"])}, p),
+        TypeError,
+        r"gradient layer_0/bias: expected a real floating array, received int32\[8\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", BAD_UPDATES)
+def test_bad_updates(name, row):
+    change, error, message = BAD_UPDATES[row]
+    gradients, params = change(GRADIENTS[0], PARAMS)
+    with pytest.raises(error, match=message):
+        learned_opt(name).update(gradients, learned_opt(name).init(PARAMS), params)
+
+
+@pytest.mark.parametrize("leaf", [jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.complex64), jax.random.key(0), 1.5, "text"])
+def test_leaves_that_are_no_floating_arrays_are_named(name, leaf):
+    with pytest.raises(TypeError, match="parameter a/1: expected a real floating array, received"):
+        learned_opt(name).init({"a": [jnp.zeros(2), leaf]})
+
+
+def test_spec_that_does_not_fit(name):
+    optimizer = ng_learned_opt(RULES[name], spec=SPEC, meta_params=meta_params(name))
+    with pytest.raises(ValueError, match=r"parameter new \(3,\) is not part of the spec"):
+        optimizer.init(with_new_leaf(PARAMS))
+    with pytest.raises(
+        ValueError, match=r"parameter layer_0/kernel: the spec expects shape \(4, 8\), received \(8, 4\)"
+    ):
+        optimizer.init(transposed(PARAMS))
+
+
+def test_bad_meta_params(name):
+    rule, theta = RULES[name], meta_params(name)
+    head = theta["head"]
+    other = {"ff": "lstm", "lstm": "ff"}[name]
+
+    def using(changed):
+        return ng_learned_opt(rule, meta_params=changed)
+
+    with pytest.raises(ValueError, match=f"no weights are shipped for the rule {type(rule).__name__} yet"):
+        ng_learned_opt(rule)
+    with pytest.raises(
+        ValueError, match=r"meta-parameter head/dense_0/kernel of \w+: expected shape \(\d+, 8\), received"
+    ):
+        using({**theta, "head": {**head, "dense_0": {**head["dense_0"], "kernel": jnp.zeros((2, 2))}}})
+    with pytest.raises(ValueError, match="meta-parameter|has no meta-parameters"):
+        using(meta_params(other))
+    with pytest.raises(ValueError, match=r"has no meta-parameters extra"):
+        using({**theta, "extra": jnp.zeros(2)})
+    with pytest.raises(ValueError, match=r"expected shape .*, received none; there are none at all"):
+        using({})
+    with pytest.raises(TypeError, match=r"meta-parameter \w.* received int32"):
+        using(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), theta))
+    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm"):
+        ng_learned_opt("adam")
+    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm"):
+        init_meta_params(jax.random.key(0), "adam")

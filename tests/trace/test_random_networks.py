@@ -298,7 +298,7 @@ def prepared(spec, params):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_networks(kind):
-    @settings(max_examples=6, phases=[Phase.generate])  # shrinking would take minutes
+    @settings(max_examples=4, phases=[Phase.generate])  # shrinking would take minutes
     @given(blocks_of(kind))
     def check(blocks):
         network, params, x = built(kind, blocks)

@@ -34,12 +34,11 @@ Rule: TypeAlias = Callable[[Any, list[Words]], list[Words]]
 # Of every entry by itself (and of the same entry of other operands).
 _NAMES = (
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil "
-    "clamp clz conj "
-    "convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma "
-    "igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or polygamma "
-    "population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta "
-    "random_gamma_grad optimization_barrier device_put sharding_constraint pvary mesh_cast "
+    "clamp clz conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge "
+    "gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not "
+    "one_minus_square or polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round "
+    "rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub "
+    "tan tanh xor zeta random_gamma_grad optimization_barrier device_put sharding_constraint pvary mesh_cast "
 )
 ELEMENTWISE = frozenset(_NAMES.split())
 # These have as many results as operands, each like its own.

@@ -110,6 +110,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ne": np.not_equal,
     "neg": np.negative,
     "not": np.logical_not,
+    "one_minus_square": lambda x: 1 - np.square(x),
     "or": np.logical_or,
     "pow": np.power,
     "reduce_precision": lambda x: x,

@@ -90,11 +90,12 @@ def check_symmetry(
         whole = [next(left) if array else x for (_, x), array in zip(pairs, is_array, strict=True)]
         return apply_fn(jax.tree.unflatten(treedef, whole), *inputs, **kwargs)
 
-    paths, before = _outputs(run(leaves, inputs))
+    results = run(leaves, inputs)
+    paths, before = _outputs(results)
     for path, value in zip(paths, before, strict=True):
         if not np.all(np.isfinite(value)):
             raise ValueError(f"output {path} of the perturbed network is not finite; try inputs nearer to zero")
-    repeated = _repeated(spec, run(leaves, inputs))
+    repeated = _repeated(spec, results)
 
     def permuted(perms: Permutations, leaves: Sequence[Any]) -> list[Any]:
         return spec.flatten(permute_params(spec, perms, spec.unflatten(leaves, like=arrays)))
@@ -120,9 +121,9 @@ def check_symmetry(
     )
     report = SymmetryReport(deviation, output)
     if deviation > tolerance:
-        by_id = {id: change(permuted(only, leaves), only)[0] for id, only in _each_alone(spec, perms).items()}
+        by_id = {id: change(permuted({id: perm}, leaves), {id: perm})[0] for id, perm in perms.items()}
         worst = max(by_id, key=lambda id: by_id[id])
-        only = _each_alone(spec, perms)[worst]
+        only = {worst: perms[worst]}
         moved = [
             i
             for i, (a, b) in enumerate(zip(leaves, permuted(only, leaves), strict=True))
@@ -192,11 +193,6 @@ def _cycle(rng: np.random.Generator, size: int) -> np.ndarray:
     cycle = np.empty_like(order)
     cycle[order] = np.roll(order, 1)
     return cycle
-
-
-def _each_alone(spec: NeuralGraphSpec, perms: Permutations) -> dict[str, Permutations]:
-    """The independent permutations one by one."""
-    return {id: {id: perm} for id, perm in perms.items() if spec.action[id].kind == "permutation"}
 
 
 def _taken(leaf: Any, order: np.ndarray, ids: Sequence[str], id: str) -> Any:

@@ -41,6 +41,7 @@ import ngjax
 from ngjax import train, zoo
 from ngjax.files import write_atomically
 from ngjax.machine import describe_machine
+from ngjax.report import markdown_table, save_figure
 
 SPLITS = ("train", "validation", "test")
 MADE_ORDER = ("test", "validation", "train")
@@ -369,17 +370,7 @@ def format_table(made: zoo.Zoo, sizes: list[tuple[int, ...]], floor: float) -> s
             taken = f"{steps.min()}" if steps.min() == steps.max() else f"{steps.min()} to {steps.max()}"
             name = "-".join(map(str, layers))
             rows.append((split, name, f"{len(chosen):,}", *quantiles, str(int((psnr < floor).sum())), taken))
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: tuple[str, ...]) -> str:
-        aligned = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = tuple("-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths))
-    return "\n".join(map(line, (header, rule, *rows)))
+    return markdown_table(header, rows, titles=2)
 
 
 def architectures_of(made: zoo.Zoo, sizes: list[tuple[int, ...]]) -> np.ndarray:
@@ -428,12 +419,6 @@ def draw_networks(made: zoo.Zoo, recipe: zoo.SirenRecipe, images: dict[str, zoo.
     axes[1, 0].set_ylabel("network")
     axes[0, len(first)].set_title("the worst", loc="left", fontsize=9)
     return figure
-
-
-def save_figure(figure: Figure, path: pathlib.Path) -> None:
-    with write_atomically(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
 if __name__ == "__main__":

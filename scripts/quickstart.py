@@ -40,6 +40,7 @@ from ngjax import train, zoo
 from ngjax.baselines import FlatMLP, ProbeReadout, flat_statistics
 from ngjax.files import write_atomically
 from ngjax.machine import describe_machine
+from ngjax.report import markdown_table, save_figure
 
 SIZES = (2, 32, 32, 1)
 SPEC = ngjax.mlp_spec(SIZES, activation="siren")
@@ -231,12 +232,7 @@ def split_networks(params: Any, labels: np.ndarray, split: tuple[np.ndarray, np.
 
 def shuffle_neurons(params: Any, key: jax.Array) -> Any:
     """The same networks, the hidden neurons of each in a random order of its own."""
-
-    def shuffle(params: Any, key: jax.Array) -> Any:
-        return ngjax.permute_params(SPEC, ngjax.random_permutations(key, SPEC), params)
-
-    keys = jax.random.split(key, len(jax.tree.leaves(params)[0]))
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(shuffle))(params, keys))
+    return jax.tree.map(np.asarray, ngjax.permute_randomly(key, SPEC, params, feature_axis=False))
 
 
 def take(params: Any, rows: Any) -> Any:
@@ -378,14 +374,7 @@ def format_table(classifiers: list[Classifier], outcomes: dict[str, Outcome]) ->
         for classifier in classifiers
         for outcome in [outcomes[classifier.key]]
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: tuple[str, ...]) -> str:
-        aligned = [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
-    return "\n".join(map(line, (header, rule, *rows)))
+    return markdown_table(header, rows)
 
 
 @contextlib.contextmanager
@@ -399,12 +388,6 @@ def stage(seconds: dict[str, float], key: str, title: str) -> Iterator[None]:
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def save_figure(figure: Figure, path: pathlib.Path) -> None:
-    with write_atomically(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
 def draw_digits(

@@ -36,7 +36,7 @@ import ngjax
 from ngjax import train, zoo
 from ngjax.files import write_atomically
 from ngjax.machine import describe_machine
-from ngjax.matching import match_params
+from ngjax.report import markdown_table, save_figure
 
 EVALUATION_BATCH = 1000
 
@@ -200,7 +200,7 @@ def run_seed(
     )
     train_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    perms = match_params(spec, second, first, key=keys[2])
+    perms = ngjax.match_params(spec, second, first, key=keys[2])
     match_seconds = time.perf_counter() - start
     print(f"seed {seed}: matched in {match_seconds:.1f} s", flush=True)
     ends = {
@@ -363,14 +363,7 @@ def format_table(mean: dict[str, Any], deviation: dict[str, Any]) -> str:
         "relative_distance": ".3f",
     }
     rows = [(title, *(cell(name, number, style) for number, style in columns.items())) for name, title in LINES.items()]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: tuple[str, ...]) -> str:
-        aligned = [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
-    return "\n".join(map(line, (header, rule, *rows)))
+    return markdown_table(header, rows)
 
 
 def draw_lines(config: Config, outcomes: list[Outcome]) -> Figure:
@@ -394,12 +387,6 @@ def draw_lines(config: Config, outcomes: list[Outcome]) -> Figure:
     figure.tight_layout()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3)
     return figure
-
-
-def save_figure(figure: Figure, path: pathlib.Path) -> None:
-    with write_atomically(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import ngjax
 from ngjax import train
 from ngjax.files import write_atomically
 from ngjax.machine import describe_machine
+from ngjax.report import markdown_table
 
 TABLE_NOTES = """\
 permutations: free ones that are independent of one another; one of its own for each head and each group.
@@ -247,15 +248,7 @@ def format_table(rows: list[Row]) -> str:
         "scalars placed",
         "deviation",
     )
-    cells = [(row.name, row.framework, *numbers(row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-
-    def line(cells: tuple[str, ...]) -> str:
-        aligned = [*map(str.ljust, cells[:2], widths[:2]), *map(str.rjust, cells[2:], widths[2:])]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = (*("-" * width for width in widths[:2]), *("-" * (width - 1) + ":" for width in widths[2:]))
-    return "\n".join(map(line, (header, rule, *cells)))
+    return markdown_table(header, [(row.name, row.framework, *numbers(row)) for row in rows], titles=2)
 
 
 def numbers(row: Row) -> tuple[str, ...]:

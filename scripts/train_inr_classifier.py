@@ -42,6 +42,7 @@ from ngjax import train, zoo
 from ngjax.baselines import FlatMLP, ProbeReadout, flat_statistics
 from ngjax.files import write_atomically
 from ngjax.machine import describe_machine
+from ngjax.report import markdown_table, save_figure
 from ngjax.zoo.augment import AUGMENTATIONS, augment
 
 MOST_FOR_STATISTICS = 20_000  # networks; more would not change a mean in its third digit, and have to fit into memory
@@ -779,14 +780,7 @@ def format_table(title: str, outcomes: list[Outcome], mean: dict[str, Any], devi
     ]
     if len(outcomes) > 1:
         rows.append(("mean", "", *(f"{100 * mean[name]:.2f} ± {100 * deviation[name]:.2f}%" for name in columns), ""))
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: tuple[str, ...]) -> str:
-        aligned = [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]
-        return f"| {' | '.join(aligned)} |"
-
-    rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
-    return "\n".join(map(line, (header, rule, *rows)))
+    return markdown_table(header, rows)
 
 
 def say(text: str) -> None:
@@ -800,12 +794,6 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def save_figure(figure: Figure, path: pathlib.Path) -> None:
-    with write_atomically(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=130, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
 def draw_learning_curves(config: Config, data: Data, curves: dict[int, list[train.metrics.Row]]) -> Figure:

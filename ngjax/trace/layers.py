@@ -244,7 +244,7 @@ class Layers:
         rest = [other for i, other in enumerate(labels) if i not in near]
         union = sorted(axes.union(*(axes_of(other) for other in others)))
         everything = [*((other, 1.0) for other in others), (ids, sign)]
-        if name in ("add", "add_any", "sub"):
+        if name in _ADDITIONS:
             full = [x for x in everything if list(axes_of(x[0])) == union or x[0].size == 1]
             full = [x for x in full if self.neurons.is_open(x[0]) and len(np.unique(x[0])) == x[0].size]
             if full:
@@ -272,7 +272,7 @@ class Layers:
         title = _layer(self.names[window.param])
         varying = [axis for axis, n in enumerate(shape) if window.varies(axis) or (window.extent(axis) != n and n > 1)]
         if not varying:
-            if len(labels) == 1 and labels[0].size == 1 and name in ("add", "sub", "add_any"):
+            if len(labels) == 1 and labels[0].size == 1 and name in _ADDITIONS:
                 return self.biased(labels, labels[0], window, title, words, shape)
             return labels
         overlaps = [len(set(varying) & set(axes_of(ids))) for ids in labels]
@@ -287,7 +287,7 @@ class Layers:
             slice(window.starts[axis], window.starts[axis] + window.extent(axis)) if axis in own else slice(None)
             for axis in range(len(shape))
         )
-        if name not in ("add", "sub", "add_any"):
+        if name not in _ADDITIONS:
             # With places along axes that the neurons do not have, each neuron feeds one of its own at each of them.
             made = self.neurons.new(words, shape, sorted({*axes_of(ids), *outside}), title)
             self.neurons.link(ids[covered], made[covered], window)
@@ -626,10 +626,9 @@ class Layers:
 _CASTS = frozenset(("convert_element_type", "copy", "reduce_precision", "stop_gradient"))
 _SUMS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_sum", "cumsum"))
 _RESHAPES = frozenset(("reshape", "transpose", "squeeze", "broadcast_in_dim", "rev", "pad"))
-
-
 _COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
-_LINEAR = frozenset(("add", "add_any", "sub", "mul", "div", "neg", *_CASTS))
+_ADDITIONS = frozenset(("add", "add_any", "sub"))
+_LINEAR = _ADDITIONS | {"mul", "div", "neg", *_CASTS}
 
 
 def _has_one(labels: Sequence[np.ndarray]) -> bool:

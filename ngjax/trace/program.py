@@ -15,11 +15,7 @@ from ngjax.trace.axes import Letter, find, letter, letters_of, size_of, slices_o
 from ngjax.trace.layers import Acts, Flow, Layers, Value, Weights
 from ngjax.trace.rewrites import as_jaxpr, rewritten
 from ngjax.trace.rules import Words
-from ngjax.trace.weights import (
-    axes_of,
-    sliced,
-    squeezed,
-)
+from ngjax.trace.weights import axes_of, sliced, squeezed
 
 # Primitives whose results hold each place of an operand by itself, or not at all.
 _MOVES = frozenset(("slice", "split", "reshape", "transpose", "squeeze", "broadcast_in_dim", "concatenate"))
@@ -197,9 +193,7 @@ class Program:
                 flow = results[i].flow
                 assert isinstance(flow, Acts)
                 labels = tuple(
-                    self.layers.neurons.new(words[i], shapes[i], axes_of(ids), "state")
-                    for ids in flow.labels
-                    if ids.size > 1
+                    neurons.new(words[i], shapes[i], axes_of(ids), "state") for ids in flow.labels if ids.size > 1
                 )
                 start[i] = Acts(labels)
             results = step(with_flows(start))

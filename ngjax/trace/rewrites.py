@@ -12,6 +12,7 @@ from jax import lax
 
 from ngjax.trace.axes import is_pinned, is_uniform
 from ngjax.trace.layers import Value
+from ngjax.trace.rules import LINEAR_SCATTERS
 
 Rewritten = tuple[Callable[..., Any], Sequence[int]]
 
@@ -32,7 +33,7 @@ def rewritten(eqn: Any, operands: Sequence[Value]) -> Rewritten | None:
         return lambda x, update: _replaced(x, update, starts), (0, 1)
     if name == "gather":
         return _gather(eqn.params, shapes, operands)
-    if name in ("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter-mul", "scatter_mul"):
+    if name in LINEAR_SCATTERS:
         return _scatter(name, eqn.params, shapes, operands)
     return None
 

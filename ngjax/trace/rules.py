@@ -45,6 +45,8 @@ ELEMENTWISE = frozenset(_NAMES.split())
 SIDE_BY_SIDE = frozenset(("optimization_barrier", "device_put", "sharding_constraint", "pvary", "mesh_cast", "copy"))
 
 
+# What is written replaces what was there, is added to it, subtracted or multiplied with it.
+LINEAR_SCATTERS = ("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter-mul", "scatter_mul")
 _ANY_ORDER = frozenset(("add", "mul", "max", "min", "and", "or", "xor"))
 _MOST_PARTS = 16  # of an axis that is taken apart into places with neurons of their own
 
@@ -465,8 +467,7 @@ RULES |= {
     "dynamic_slice": dynamic_slice,
     "dynamic_update_slice": dynamic_update_slice,
     "gather": gather,
-    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter-mul", "scatter_mul"), scatter),
-    **dict.fromkeys(("scatter-min", "scatter_min", "scatter-max", "scatter_max"), scatter),
+    **dict.fromkeys((*LINEAR_SCATTERS, "scatter-min", "scatter_min", "scatter-max", "scatter_max"), scatter),
     "top_k": top_k,
     "fft": fft,
     "iota": iota,

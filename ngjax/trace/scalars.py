@@ -115,7 +115,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "pow": np.power,
     "reduce_precision": lambda x: x,
     "rsqrt": lambda x: 1 / np.sqrt(x),
-    "select_n": _select,  # which case is a truth value or a whole number
+    "select_n": _select,
     "sign": np.sign,
     "sin": np.sin,
     "sinh": np.sinh,

@@ -32,7 +32,9 @@ def natural(tree):
     ],
 )
 def test_natural_order(tree, expected):
-    is_shape = lambda leaf: isinstance(leaf, tuple) and len(leaf) > 0  # noqa: E731
+    def is_shape(leaf):
+        return isinstance(leaf, tuple) and len(leaf) > 0
+
     assert natural(jax.tree.map(jnp.zeros, tree, is_leaf=is_shape)) == expected
 
 

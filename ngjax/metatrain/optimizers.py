@@ -1,0 +1,48 @@
+"""The optimizers that meta-training makes from meta-parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from ngjax.metatrain.tasks import Task
+from ngjax.metatrain.unroll import Schedule
+from ngjax.optimizers import ng_learned_opt
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedOptimizer:
+    """Makes `ng_learned_opt` from meta-parameters under training.
+
+    Attributes:
+      rule: its name.
+      step: form of its step.
+    """
+
+    rule: str = "ff"
+    step: Literal["direction", "paper"] = "direction"
+
+    def __call__(self, theta: PyTree, task: Task, learning_rate: Schedule) -> optax.GradientTransformation:
+        if "step" in inspect.signature(ng_learned_opt).parameters:
+            rate = learning_rate if self.step == "direction" else None
+            options = {} if rate is None else {"learning_rate": rate}
+            return ng_learned_opt(self.rule, spec=task.spec(), meta_params=theta, step=self.step, **options)
+        # Until ng_learned_opt has steps of its own.
+        raw = ng_learned_opt(self.rule, spec=task.spec(), meta_params=theta)
+        if self.step == "paper":
+            return raw
+        return optax.chain(raw, _unit_rms(), optax.scale_by_schedule(learning_rate))
+
+
+def _unit_rms() -> optax.GradientTransformation:
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda u: u * jax.lax.rsqrt(jnp.mean(u * u) + 1e-20), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,7 +1,7 @@
 """Meta-trains a learned optimizer on a family of tasks.
 
-    python scripts/meta_train.py --out runs/ff --rule ff --tasks digits-mlp32
-    python scripts/meta_train.py --out runs/ff-pes --rule ff --tasks digits-mlp32 --estimator pes
+    python scripts/meta_train.py --out runs/ff --rule ff --tasks digits-mlp-32-relu
+    python scripts/meta_train.py --out runs/ff-pes --rule ff --tasks digits-mlp-32-relu --estimator pes
 
 Killed, it goes on where it was when the same command is run again.
 """
@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import jax
 import matplotlib as mpl
-import numpy as np
 import optax
 import tyro
 from matplotlib import pyplot as plt
@@ -49,7 +48,7 @@ class Config:
     """Names of the tasks; the outer steps take them in turn."""
     rule: str = "ff"
     """What the optimizer computes its updates with."""
-    step: Literal["direction", "paper"] = "direction"
+    step: Literal["normalized", "paper"] = "normalized"
     """Form of its step."""
     estimator: Literal["one-step", "pes"] = "one-step"
     """Of meta-gradients: through single steps, or evolution strategies through whole runs."""
@@ -63,8 +62,8 @@ class Config:
     """Steps of a run."""
     peak_rates: tuple[float, float] = (1e-3, 1e-1)
     """Smallest and largest peak of the learning rate."""
-    scale_spread: float = 1.0
-    """Of the random reparametrizations."""
+    scale_spread: float = 10.0
+    """Largest scale of the random reparametrizations; 1 for none."""
     deviation: float = 0.01
     """Of the perturbations of PES."""
     learning_rate: float = 1e-3
@@ -84,7 +83,7 @@ def main(config: Config) -> dict[str, Any]:
     """Trains, or what is missing of it; returns what results.json holds."""
     out = train.prepare_folder(config.out, "resume")
     tasks = [find_task(name) for name in config.tasks]
-    data = {name: load_task_data(name, config.data_dir) for name in {task.data for task in tasks}}
+    data = {name: load_task_data(name, data_dir=config.data_dir) for name in {task.data for task in tasks}}
     settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
     trainers = [Trainer(task, LearnedOptimizer(config.rule, config.step), settings) for task in tasks]
     init_key, run_key = jax.random.split(jax.random.key(config.seed))

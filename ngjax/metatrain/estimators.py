@@ -1,7 +1,7 @@
 """Gradients with respect to meta-parameters, estimated from runs that go on from one outer step to the next.
 
-An estimator looks after one member of a pool of runs: `start` makes it, and `estimate` trains it a little further, after
-starting it anew where it has come to its end, and says in which direction the meta-parameters should go.
+An estimator looks after one member of a pool of runs: `start` makes it; `estimate` starts it anew where it has come to
+its end, trains it a little further, and says in which direction the meta-parameters should go.
 """
 
 from __future__ import annotations
@@ -135,7 +135,5 @@ def gaussian_like(key: PRNGKeyArray, tree: PyTree, deviation: float) -> PyTree:
     """Independent normal numbers for all leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    drawn = [
-        deviation * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
-    ]
+    drawn = [deviation * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
     return treedef.unflatten(drawn)

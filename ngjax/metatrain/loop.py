@@ -73,6 +73,7 @@ def outer_step(
     estimator: Estimator,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    runs_at_once: int,
 ) -> tuple[MetaState, Any, dict[str, Float[Array, ""]]]:
     """One update of the meta-parameters, from all runs of one task.
 
@@ -85,6 +86,7 @@ def outer_step(
       estimator: of the gradient; static.
       optimizer: of the meta-parameters.
       mesh: made by `ngjax.train.data_mesh`.
+      runs_at_once: runs that a device computes side by side; the others of its share follow.
 
     Returns:
       The state and the pool after the step, and the estimator's metrics, averaged over the runs, with `grad_norm`.
@@ -93,7 +95,11 @@ def outer_step(
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, _STEP), state.step), runs)
 
     def of_share(theta: PyTree, members: Any, keys: Array, data: TaskData) -> Any:
-        estimate = jax.vmap(lambda member, key: estimator.estimate(trainer, theta, member, key, data))(members, keys)
+        estimate = jax.lax.map(
+            lambda pair: estimator.estimate(trainer, theta, *pair, data),
+            (members, keys),
+            batch_size=None if runs_at_once == 1 else runs_at_once,
+        )
         mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), (estimate.gradient, estimate.metrics))
         return estimate.member, jax.lax.pmean(mean, train.DATA_AXIS)
 
@@ -122,6 +128,7 @@ def meta_train(
     runs: int,
     key: PRNGKeyArray,
     mesh: Mesh | None = None,
+    runs_at_once: int | None = None,
     directory: str | os.PathLike[str] | None = None,
     if_exists: train.IfExists = "refuse",
     save_every: int | None = None,
@@ -144,6 +151,8 @@ def meta_train(
       runs: in the pool of each task; a multiple of the number of devices.
       key: of the run.
       mesh: made by `ngjax.train.data_mesh`; all devices by default.
+      runs_at_once: runs that a device computes side by side; by default one on CPU, where what it needs then stays in
+        cache, and elsewhere all of its share.
       directory: folder of the run, see `ngjax.train.prepare_folder`; `None` keeps everything in memory.
       if_exists: what to do when the folder holds a run already.
       save_every: outer steps between checkpoints; `None` leaves it to the clock. The last one is saved in any case.
@@ -161,6 +170,8 @@ def meta_train(
         raise ValueError("no tasks to train on")
     if runs < 1 or runs % mesh.size:
         raise ValueError(f"runs={runs}: expected a multiple of {mesh.size}, the number of devices")
+    if runs_at_once is None:
+        runs_at_once = 1 if mesh.devices.flat[0].platform == "cpu" else runs // mesh.size
     everywhere, shared = NamedSharding(mesh, jax.P()), NamedSharding(mesh, jax.P(train.DATA_AXIS))
     data = {name: train.replicate(value, mesh) for name, value in data.items()}
 
@@ -178,7 +189,14 @@ def meta_train(
     )
     step_fns = [
         jax.jit(
-            functools.partial(outer_step, trainer=trainer, estimator=estimator, optimizer=optimizer, mesh=mesh),
+            functools.partial(
+                outer_step,
+                trainer=trainer,
+                estimator=estimator,
+                optimizer=optimizer,
+                mesh=mesh,
+                runs_at_once=runs_at_once,
+            ),
             donate_argnums=(0, 1),
             out_shardings=(shardings.state, pool, everywhere),
         )

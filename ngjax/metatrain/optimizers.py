@@ -26,13 +26,12 @@ class LearnedOptimizer:
     """
 
     rule: str = "ff"
-    step: Literal["direction", "paper"] = "direction"
+    step: Literal["normalized", "paper"] = "normalized"
 
     def __call__(self, theta: PyTree, task: Task, learning_rate: Schedule) -> optax.GradientTransformation:
         if "step" in inspect.signature(ng_learned_opt).parameters:
-            rate = learning_rate if self.step == "direction" else None
-            options = {} if rate is None else {"learning_rate": rate}
-            return ng_learned_opt(self.rule, spec=task.spec(), meta_params=theta, step=self.step, **options)
+            rate = learning_rate if self.step == "normalized" else 1.0
+            return ng_learned_opt(self.rule, spec=task.spec(), meta_params=theta, step=self.step, learning_rate=rate)
         # Until ng_learned_opt has steps of its own.
         raw = ng_learned_opt(self.rule, spec=task.spec(), meta_params=theta)
         if self.step == "paper":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ngjax.metatrain.tasks import Batch, Task, TaskData, draw_scales, sample_batch
+from ngjax.metatrain.tasks import Batch, Task, TaskData, draw_scales, rescale, sample_batch, unscale
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 """From the number of steps done to the learning rate of the next one."""
@@ -39,13 +39,14 @@ class RunSettings:
       horizons: steps of a run, each as likely.
       peak_rates: smallest and largest peak of the learning rate, between which its logarithm is uniform.
       warmup: share of the horizon over which the learning rate rises to its peak. A cosine down to zero follows.
-      scale_spread: of the scales `s` in `p = s q`, where the optimizer sees `q` in place of `p`; see `draw_scales`.
+      scale_spread: largest of the scales `s` of the tensors in `p = s q`, where the optimizer sees `q` in place of `p`;
+        the smallest is its inverse, see `draw_scales`. One leaves the optimizees as they are.
     """
 
     horizons: tuple[int, ...] = (50, 100, 200, 400)
     peak_rates: tuple[float, float] = (1e-3, 1e-1)
     warmup: float = 0.05
-    scale_spread: float = 1.0
+    scale_spread: float = 10.0
 
 
 class Run(NamedTuple):
@@ -53,7 +54,7 @@ class Run(NamedTuple):
 
     Attributes:
       params: `q`, what the optimizer sees; the network has the parameters `scales * q`.
-      scales: tree like the parameters.
+      scales: one number for each tensor.
       opt_state: of the optimizer.
       loss: at `params`, on the batch that the next step learns from.
       gradient: of that loss.
@@ -115,9 +116,7 @@ class Trainer:
     make_optimizer: OptimizerMaker
     settings: RunSettings = RunSettings()
 
-    def optimizer(
-        self, theta: PyTree, peak: Float[Array, ""], horizon: Int[Array, ""]
-    ) -> optax.GradientTransformation:
+    def optimizer(self, theta: PyTree, peak: Float[Array, ""], horizon: Int[Array, ""]) -> optax.GradientTransformation:
         """With the learning rates of a run."""
 
         def rate(count: Int[Array, ""]) -> Float[Array, ""]:
@@ -127,7 +126,7 @@ class Trainer:
 
     def loss_and_gradient(self, params: PyTree, scales: PyTree, batch: Batch) -> tuple[Float[Array, ""], PyTree]:
         """Of the network `scales * params`, with respect to `params`."""
-        return jax.value_and_grad(lambda q: self.task.loss(jax.tree.map(jnp.multiply, scales, q), batch))(params)
+        return jax.value_and_grad(lambda q: self.task.loss(rescale(scales, q), batch))(params)
 
 
 def start_run(trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData) -> Run:
@@ -136,13 +135,11 @@ def start_run(trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData
     init_key, scale_key, peak_key, horizon_key, first_key, key = jax.random.split(key, 6)
     initial = task.init(init_key)
     scales = draw_scales(scale_key, initial, settings.scale_spread)
-    params = jax.tree.map(jnp.divide, initial, scales)
+    params = unscale(scales, initial)
     low, high = jnp.log(jnp.asarray(settings.peak_rates, jnp.float32))
     peak = jnp.exp(jax.random.uniform(peak_key, minval=low, maxval=high))
     horizon = jax.random.choice(horizon_key, jnp.asarray(settings.horizons, jnp.int32))
-    loss, gradient = trainer.loss_and_gradient(
-        params, scales, sample_batch(first_key, data.train, task.batch_size)
-    )
+    loss, gradient = trainer.loss_and_gradient(params, scales, sample_batch(first_key, data.train, task.batch_size))
     opt_state = trainer.optimizer(theta, peak, horizon).init(params)
     return Run(params, scales, opt_state, loss, gradient, jnp.int32(0), horizon, peak, key)
 

@@ -7,14 +7,17 @@ its end, trains it a little further, and says in which direction the meta-parame
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ngjax.metatrain.tasks import TaskData
+from ngjax.metatrain.tasks import Batch, TaskData
 from ngjax.metatrain.unroll import (
+    LARGEST_LOSS,
     Run,
     Trainer,
     is_over,
@@ -22,6 +25,7 @@ from ngjax.metatrain.unroll import (
     no_run,
     restart_if,
     start_run,
+    take_step,
     unroll,
     unroll_with_gradient,
 )
@@ -72,11 +76,11 @@ class OneStep:
 
 def run_metrics(losses: Float[Array, "..."]) -> dict[str, Float[Array, ""]]:
     """Of the losses `[..., steps]` after each step: meta-loss, and the share of runs that have diverged at the end."""
-    last = meta_loss(losses[..., -1])
+    last = losses[..., -1]
     return {
         "loss": jnp.mean(meta_loss(losses)),
-        "last_loss": jnp.mean(last),
-        "diverged": jnp.mean((last >= meta_loss(jnp.inf)).astype(jnp.float32)),
+        "last_loss": jnp.mean(meta_loss(last)),
+        "diverged": jnp.mean((~(last < LARGEST_LOSS)).astype(jnp.float32)),
     }
 
 
@@ -136,4 +140,81 @@ def gaussian_like(key: PRNGKeyArray, tree: PyTree, deviation: float) -> PyTree:
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
     drawn = [deviation * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    return treedef.unflatten(drawn)
+    return jax.tree.unflatten(treedef, drawn)
+
+
+# -- the paper's scheme ------------------------------------------------------------------------------------------------
+
+
+class Stream(NamedTuple):
+    """Where a member is in its passes over the data.
+
+    Attributes:
+      key: of the orders.
+      position: batches read.
+    """
+
+    key: PRNGKeyArray
+    position: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperScheme:
+    """Meta-training as in Kofinas et al. 2024 (arXiv 2403.12143), section 4.3 and its code.
+
+    A fresh optimizee in every outer step. The loss after each update is taken on the batch that the update was made
+    from, and its gradients through single steps are summed up. The batches are those of shuffled passes over the data,
+    which go on from one outer step to the next. Learning rates and settings of runs play no part; `loss` is the mean
+    cross entropy after the steps, `last_loss` that after the last one.
+
+    Attributes:
+      inner_steps: of each optimizee.
+    """
+
+    inner_steps: int = 100
+
+    def start(self, trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData) -> Stream:
+        return Stream(key, jnp.int32(0))
+
+    def estimate(self, trainer: Trainer, theta: PyTree, member: Stream, key: PRNGKeyArray, data: TaskData) -> Estimate:
+        task = trainer.task
+        value_and_grad = jax.value_and_grad(task.loss)
+
+        def optimizer_of(theta: PyTree) -> optax.GradientTransformation:
+            return trainer.make_optimizer(theta, task, lambda count: jnp.ones_like(count, jnp.float32))
+
+        def step(carry: tuple[PyTree, PyTree, PyTree], rows: Array) -> tuple[tuple[PyTree, PyTree, PyTree], Array]:
+            params, opt_state, total = carry
+            batch = Batch(data.train.inputs[rows], data.train.labels[rows])
+            _, gradient = value_and_grad(params, batch)
+            params, opt_state, pullback = take_step(optimizer_of, theta, gradient, opt_state, params)
+            loss, after = value_and_grad(params, batch)
+            return (params, opt_state, jax.tree.map(jnp.add, total, pullback(after)[0])), loss
+
+        params = task.init(key)
+        start = (params, optimizer_of(theta).init(params), jax.tree.map(jnp.zeros_like, theta))
+        rows = epoch_rows_from(member, len(data.train.labels), task.batch_size, self.inner_steps)
+        (_, _, total), losses = jax.lax.scan(step, start, rows)
+        return Estimate(
+            Stream(member.key, member.position + self.inner_steps),
+            total,
+            {"loss": jnp.mean(losses), "last_loss": losses[-1]},
+        )
+
+
+def epoch_rows_from(stream: Stream, num_rows: int, batch_size: int, num_steps: int) -> Int[Array, "steps batch"]:
+    """The rows of the next batches of shuffled passes over the data.
+
+    What is left over at the end of a pass and fills no batch is not read.
+
+    Raises:
+      ValueError: a batch that is larger than the data.
+    """
+    batches = num_rows // batch_size
+    if batches < 1:
+        raise ValueError(f"batch_size: expected 1 to {num_rows}, the number of rows; received {batch_size}")
+    # One more pass than it takes, as the first may be far gone.
+    passes = stream.position // batches + jnp.arange(math.ceil(num_steps / batches) + 1)
+    orders = jax.vmap(lambda number: jax.random.permutation(jax.random.fold_in(stream.key, number), num_rows))(passes)
+    rows = orders[:, : batches * batch_size].reshape(-1, batch_size)
+    return jax.lax.dynamic_slice_in_dim(rows, stream.position % batches, num_steps)

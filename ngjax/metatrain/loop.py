@@ -96,7 +96,7 @@ def outer_step(
 
     def of_share(theta: PyTree, members: Any, keys: Array, data: TaskData) -> Any:
         estimate = jax.lax.map(
-            lambda pair: estimator.estimate(trainer, theta, *pair, data),
+            lambda pair: estimator.estimate(trainer, theta, pair[0], pair[1], data),
             (members, keys),
             batch_size=None if runs_at_once == 1 else runs_at_once,
         )
@@ -184,9 +184,8 @@ def meta_train(
         return _Saved(state, tuple(pool(i, trainer) for i, trainer in enumerate(trainers)), key)
 
     like = jax.eval_shape(fresh, theta, key, data)
-    shardings = _Saved(
-        jax.tree.map(lambda _: everywhere, like.state), jax.tree.map(lambda _: shared, like.pools), everywhere
-    )
+    places = everywhere, shared, everywhere
+    shardings: Any = _Saved(*(jax.tree.map(lambda _, s=s: s, part) for part, s in zip(like, places, strict=True)))
     step_fns = [
         jax.jit(
             functools.partial(
@@ -246,6 +245,14 @@ def meta_train(
             if checkpoints is not None and saving:
                 checkpoints.save(step, _Saved(state, tuple(pools), saved.key))
     return MetaResult(state.theta, history)
+
+
+def paper_optimizer(num_steps: int) -> optax.GradientTransformation:
+    """The outer optimizer of Kofinas et al. 2024: Adam at 3e-4, along a cosine to zero, with L2 weight decay of 1e-4.
+
+    The decay is added to the gradient, as `weight_decay` of PyTorch's Adam does.
+    """
+    return optax.chain(optax.add_decayed_weights(1e-4), optax.adam(optax.cosine_decay_schedule(3e-4, num_steps)))
 
 
 def _finish(

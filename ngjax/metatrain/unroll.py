@@ -146,28 +146,46 @@ def start_run(trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData
 
 def no_run(trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData) -> Run:
     """A run that is over, in the shapes of others: what a pool holds before its first runs."""
-    like = jax.eval_shape(lambda: start_run(trainer, theta, key, data)._replace(key=None))
+    # Without its key, as keys have no zeros.
+    like = jax.eval_shape(lambda: start_run(trainer, theta, key, data)._replace(key=jnp.uint32(0)))
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)._replace(key=key)
 
 
-def step_run(
-    trainer: Trainer, theta: PyTree, run: Run, data: TaskData
-) -> tuple[Run, Callable[[PyTree], tuple[PyTree]]]:
-    """One step of the optimizer, and loss and gradient of where it leads, on a fresh batch.
+Pullback = Callable[[PyTree], tuple[PyTree]]
+"""From a gradient with respect to new parameters to one with respect to the meta-parameters of the step there."""
 
-    Returns:
-      The run after the step, and the transpose of the derivative of the step with respect to the meta-parameters: it
-      takes a gradient with respect to the new parameters to one with respect to the meta-parameters. What the optimizer
-      reads (parameters, gradient, momenta) counts as constant. The gradient of the new run is one that it may take.
+
+def take_step(
+    optimizer_of: Callable[[PyTree], optax.GradientTransformation],
+    theta: PyTree,
+    gradient: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+) -> tuple[PyTree, PyTree, Pullback]:
+    """New parameters, new state of the optimizer, and what the step owes to its meta-parameters.
+
+    The pullback counts what the optimizer reads (parameters, gradient, momenta) as constant.
     """
 
     def updates_of(theta: PyTree) -> tuple[PyTree, PyTree]:
-        optimizer = trainer.optimizer(theta, run.peak, run.horizon)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            return optimizer.update(run.gradient, run.opt_state, run.params)
+            return optimizer_of(theta).update(gradient, opt_state, params)
 
-    updates, pullback, opt_state = jax.vjp(updates_of, theta, has_aux=True)
-    params = optax.apply_updates(run.params, updates)
+    updates, pullback, new_state = jax.vjp(updates_of, theta, has_aux=True)
+    return optax.apply_updates(params, updates), new_state, pullback
+
+
+def step_run(trainer: Trainer, theta: PyTree, run: Run, data: TaskData) -> tuple[Run, Pullback]:
+    """One step of the optimizer, and loss and gradient of where it leads, on a fresh batch.
+
+    Returns:
+      The run after the step, and the pullback of the step, which may take the gradient of this run.
+    """
+
+    def optimizer_of(theta: PyTree) -> optax.GradientTransformation:
+        return trainer.optimizer(theta, run.peak, run.horizon)
+
+    params, opt_state, pullback = take_step(optimizer_of, theta, run.gradient, run.opt_state, run.params)
     batch = sample_batch(jax.random.fold_in(run.key, run.count), data.train, trainer.task.batch_size)
     loss, gradient = trainer.loss_and_gradient(params, run.scales, batch)
     new = run._replace(params=params, opt_state=opt_state, loss=loss, gradient=gradient, count=run.count + 1)

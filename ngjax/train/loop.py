@@ -155,7 +155,7 @@ def fit(
 
         progress = Progress(num_steps, sys.stderr if is_writer else None)
         stack.callback(progress.close)
-        saves = _SaveSchedule(save_every, save_every_seconds, look_every=log_every)
+        saves = SaveSchedule(save_every, save_every_seconds, look_every=log_every)
         # The state comes back as it went in. Left to itself, XLA may shard parameters that meet the
         # rows of the batch, and the next step would compile again.
         step_fn = jax.jit(
@@ -213,7 +213,7 @@ def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-class _SaveSchedule:
+class SaveSchedule:
     """When to save: every so many steps, or once so many seconds have passed on process 0."""
 
     def __init__(self, every_steps: int | None, every_seconds: float | None, *, look_every: int) -> None:

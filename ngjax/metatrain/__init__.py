@@ -1,0 +1,25 @@
+"""Meta-training of learned optimizers: the tasks that they are trained on."""
+
+from ngjax.metatrain.tasks import (
+    TASKS,
+    Batch,
+    Task,
+    TaskData,
+    draw_scales,
+    epoch_rows,
+    find_task,
+    load_task_data,
+    sample_batch,
+)
+
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Task",
+    "TaskData",
+    "draw_scales",
+    "epoch_rows",
+    "find_task",
+    "load_task_data",
+    "sample_batch",
+]

@@ -1,0 +1,333 @@
+"""Meta-trains a learned optimizer on a family of tasks, and compares it with Adam.
+
+    python scripts/meta_train.py --out runs/ff --rule ff --tasks digits-mlp-32-relu digits-mlp-24-24-tanh
+    python scripts/meta_train.py --out runs/ff-pes --rule ff --tasks digits-mlp-32-relu --estimator pes
+    python scripts/meta_train.py --out runs/ff-paper --rule ff --tasks fashion-cnn-16-32-32 --scheme paper
+
+The scheme `fresh` takes the loss after each step on a fresh batch, in runs of many lengths, peak learning rates and
+reparametrizations. The scheme `paper` is that of Kofinas et al. 2024 (arXiv 2403.12143). Killed, a run goes on where it
+was when the same command is given again.
+
+Writes into the output folder: `meta_params.safetensors`, `results.json`, `curves.png`, and `metrics.jsonl` and all that
+resuming needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import matplotlib as mpl
+import numpy as np
+import optax
+import tyro
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+import ngjax
+from ngjax import train
+from ngjax.files import write_atomically
+from ngjax.machine import available_cores, describe_machine
+from ngjax.metatrain.estimators import PES, Estimator, OneStep, PaperScheme
+from ngjax.metatrain.evaluate import Outcome, evaluate
+from ngjax.metatrain.loop import meta_train, paper_optimizer
+from ngjax.metatrain.meta_file import save_meta_params
+from ngjax.metatrain.optimizers import LearnedOptimizer, adam
+from ngjax.metatrain.tasks import find_task, load_task_data
+from ngjax.metatrain.unroll import RunSettings, Trainer
+from ngjax.optimizers import init_meta_params
+from ngjax.report import markdown_table, save_figure
+
+MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "test_steps", "test_seeds", "distributed")
+"""What may differ when a run is taken up again."""
+
+ADAM_RATES = (3e-4, 1e-1)
+"""Between these Adam's best learning rate is looked for."""
+
+TABLE_NOTES = """\
+Of fresh networks, trained with each of several peak learning rates: the one whose test loss is lowest in the mean over
+  the seeds. Losses and accuracies are those of test examples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is trained, on what and how. The scheme `paper` knows no settings but those that say so."""
+
+    out: pathlib.Path
+    """Folder of the run. Any scheme."""
+    tasks: tuple[str, ...]
+    """Names of the tasks, see `find_task`; the outer steps take them in turn. Any scheme."""
+    rule: str = "ff"
+    """What the optimizer computes its updates with. Any scheme."""
+    scheme: Literal["fresh", "paper"] = "fresh"
+    """How the loss of the meta-parameters is made up."""
+    estimator: Literal["one-step", "pes"] = "one-step"
+    """Of meta-gradients: through single steps, or evolution strategies through whole runs."""
+    outer_steps: int | None = None
+    """Updates of the meta-parameters; by default 2000, and 1000 in the paper's scheme. Any scheme."""
+    runs: int | None = None
+    """Optimizees of a task that are trained at once; by default 16, and 1 in the paper's scheme. Any scheme."""
+    seed: int = 0
+    """Of all randomness. Any scheme."""
+    truncation: int | None = None
+    """Inner steps of an outer step; by default 50, and 100 in the paper's scheme. Any scheme."""
+    horizons: tuple[int, ...] = (50, 100, 200, 400)
+    """Steps of a run, each as likely."""
+    peak_rates: tuple[float, float] = (1e-3, 1e-1)
+    """Smallest and largest peak of the inner learning rate."""
+    scale_spread: float = 10.0
+    """Largest scale of the random reparametrizations; 1 for none."""
+    deviation: float = 0.01
+    """Of the perturbations of PES."""
+    learning_rate: float = 1e-3
+    """Of the outer AdamW: its peak, after the warm-up; then a cosine down to zero."""
+    weight_decay: float = 0.0
+    warmup_steps: int = 50
+    """Outer steps."""
+    clip_norm: float = 1.0
+    """Largest norm of a meta-gradient."""
+    test_steps: int = 200
+    """Steps of the networks for the table at the end; 0 for none. Any scheme."""
+    test_seeds: int = 3
+    """Networks for each number of the table. Any scheme."""
+    data_dir: pathlib.Path | None = None
+    """Folder with data sets, by default that of the environment variable NGJAX_DATA_DIR; else they are downloaded."""
+    save_every_seconds: float = 300.0
+    """Between checkpoints: what a kill costs at most."""
+    distributed: bool = False
+    """Join the other processes of a job on several hosts, each of which runs this same command."""
+
+
+DEFAULTS = {
+    "fresh": {"outer_steps": 2000, "runs": 16, "truncation": 50},
+    "paper": {"outer_steps": 1000, "runs": 1, "truncation": 100},
+}
+"""Of settings that differ between the schemes."""
+
+
+def with_defaults(config: Config) -> Config:
+    """The settings with those of the scheme where they are not given."""
+    missing = {name: value for name, value in DEFAULTS[config.scheme].items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains, or what is missing of it; returns what results.json holds."""
+    config = with_defaults(config)
+    if config.scheme == "paper" and config.estimator == "pes":
+        raise ValueError("scheme=paper has its own estimator, expected estimator=one-step")
+    tasks = [find_task(name) for name in config.tasks]  # before any work: an unknown name fails here
+    out = train.prepare_folder(config.out, "resume")
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    check_settings(out / "settings.json", {k: v for k, v in settings.items() if k not in MAY_CHANGE})
+    data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
+    run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
+    maker = LearnedOptimizer(config.rule, "paper" if config.scheme == "paper" else "normalized")
+    trainers = [Trainer(task, maker, run_settings) for task in tasks]
+    init_key, run_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
+    say(f"{config.rule}, scheme {config.scheme}, {config.outer_steps:,} outer steps on {', '.join(config.tasks)}")
+    start = time.perf_counter()
+    result = meta_train(
+        trainers,
+        data,
+        init_meta_params(init_key, config.rule),
+        estimator=make_estimator(config),
+        optimizer=make_outer_optimizer(config),
+        num_steps=config.outer_steps,
+        runs=config.runs,
+        key=run_key,
+        directory=out,
+        if_exists="resume",
+        save_every_seconds=config.save_every_seconds,
+    )
+    seconds = time.perf_counter() - start
+    theta = jax.device_get(result.theta)
+    provenance = {
+        "rule": config.rule,
+        "step": maker.step,
+        "seed": config.seed,
+        "config": {k: v for k, v in settings.items() if k not in ("out", "data_dir")},
+        "seconds": round(seconds, 1),  # of this start of the script
+        "machine": {**describe_machine(), "devices": jax.device_count(), "processes": jax.process_count()},
+        "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    if jax.process_index() == 0:
+        save_meta_params(out / "meta_params.safetensors", theta, provenance)
+        save_figure(draw_curves(config, result.history), out / "curves.png")
+    table = compare(config, trainers, data, theta, test_key) if config.test_steps else {}
+    lines = format_table(config, table).splitlines() if table else []
+    results = {**provenance, "table": lines, "tests": table, "meta_loss": last_losses(config, result.history)}
+    if jax.process_index() == 0:
+        write_json(out / "results.json", results)
+    say("\n" + "\n".join(lines) + f"\n\n{TABLE_NOTES}\n" if lines else "")
+    say(f"meta-parameters, numbers and picture are in {out}")
+    return results
+
+
+def check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Raises if the folder holds a run with other settings, as a run goes on only with its own."""
+    if path.exists():
+        found = json.loads(path.read_text())
+        for name in settings:
+            if found.get(name) != settings[name]:
+                raise ValueError(
+                    f"{path.parent} holds a run with {name}={found.get(name)}, received {settings[name]}: choose "
+                    "another folder, or the settings of the run to continue it"
+                )
+    elif jax.process_index() == 0:
+        write_json(path, settings)
+
+
+def make_estimator(config: Config) -> Estimator:
+    if config.scheme == "paper":
+        return PaperScheme(config.truncation)
+    if config.estimator == "pes":
+        return PES(config.truncation, config.deviation)
+    return OneStep(config.truncation)
+
+
+def make_outer_optimizer(config: Config) -> optax.GradientTransformation:
+    if config.scheme == "paper":
+        return paper_optimizer(config.outer_steps)
+    return train.make_optimizer(
+        config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=min(config.warmup_steps, config.outer_steps // 2),
+        total_steps=config.outer_steps,
+        clip_norm=config.clip_norm,
+        amsgrad=False,
+    )
+
+
+# -- what is reported -------------------------------------------------------------------------------------------------
+
+
+def compare(
+    config: Config, trainers: Sequence[Trainer], data: dict[str, Any], theta: Any, key: jax.Array
+) -> dict[str, dict[str, Any]]:
+    """The learned optimizer and Adam on fresh networks of every task, each with its best peak learning rate."""
+    table: dict[str, dict[str, Any]] = {}
+    for number, trainer in enumerate(trainers):
+        name = trainer.task.name
+        makers = {
+            config.rule: (trainer.make_optimizer, np.geomspace(*config.peak_rates, 5)),
+            "adam": (adam, np.geomspace(*ADAM_RATES, 6)),
+        }
+        if config.scheme == "paper":
+            makers[config.rule] = trainer.make_optimizer, np.ones(1)
+        table[name] = {}
+        for title, (maker, rates) in makers.items():
+            begin = time.perf_counter()
+            outcome = evaluate(
+                dataclasses.replace(trainer, make_optimizer=maker),
+                theta,
+                data[trainer.task.data],
+                key=jax.random.fold_in(key, number),
+                num_steps=config.test_steps,
+                peak_rates=rates,
+                num_seeds=config.test_seeds,
+            )
+            table[name][title] = numbers_of(outcome, rates)
+            say(
+                f"{name}: tested {title} in {time.perf_counter() - begin:.0f} s, {len(trainers) - number - 1} tasks more"
+            )
+    return table
+
+
+def numbers_of(outcome: Outcome, rates: np.ndarray) -> dict[str, Any]:
+    """Of the best peak rate; and of all, so that one can see how much it matters."""
+    best = outcome.best()
+
+    def spread(values: np.ndarray) -> float | None:
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    return {
+        "peak_rate": float(rates[best]),
+        "test_loss": float(outcome.test_loss[best].mean()),
+        "test_loss_deviation": spread(outcome.test_loss[best]),
+        "test_accuracy": float(outcome.test_accuracy[best].mean()),
+        "test_accuracy_deviation": spread(outcome.test_accuracy[best]),
+        "peak_rates": rates.tolist(),
+        "test_losses": np.nan_to_num(outcome.test_loss.mean(axis=1), nan=np.inf).clip(max=1e30).tolist(),
+    }
+
+
+def last_losses(config: Config, history: list[train.metrics.Row]) -> dict[str, float]:
+    """The mean meta-loss of the last tenth of the outer steps of every task."""
+    means = {}
+    for number, name in enumerate(config.tasks):
+        losses = [row["loss"] for row in history if row["task"] == number]
+        if losses:
+            means[name] = float(np.mean(losses[-max(1, len(losses) // 10) :]))
+    return means
+
+
+def format_table(config: Config, table: dict[str, dict[str, Any]]) -> str:
+    """The results as a table in Markdown."""
+
+    def cell(numbers: dict[str, Any], name: str, style: str) -> str:
+        deviation = numbers[f"{name}_deviation"]
+        return format(numbers[name], style) + ("" if deviation is None else f" ± {deviation:{style}}")
+
+    header = (f"after {config.test_steps:,} steps", "optimizer", "peak rate", "test loss", "test accuracy")
+    rows = [
+        (
+            task,
+            title,
+            "" if config.scheme == "paper" and title == config.rule else f"{numbers['peak_rate']:.2g}",
+            cell(numbers, "test_loss", ".4f"),
+            cell(numbers, "test_accuracy", ".2%"),
+        )
+        for task, of_task in table.items()
+        for title, numbers in of_task.items()
+    ]
+    return markdown_table(header, rows, titles=2)
+
+
+def draw_curves(config: Config, history: list[train.metrics.Row]) -> Figure:
+    """The meta-loss of every task against the outer steps: pale as it is, and as a running mean."""
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for number, name in enumerate(config.tasks):
+        rows = [row for row in history if row["task"] == number]
+        steps, losses = (np.array([row[key] for row in rows], np.float64) for key in ("step", "loss"))
+        width = max(1, len(rows) // 50)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axis.plot(steps, losses, color=f"C{number % 10}", alpha=0.25, linewidth=0.8)
+        axis.plot(steps[width - 1 :], smooth, color=f"C{number % 10}", label=name)
+    is_paper = config.scheme == "paper"
+    axis.set(xlabel="outer step", ylabel="loss after each inner step" if is_paper else "logarithm of the loss")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    figure.suptitle(f"{config.rule}, scheme {config.scheme}" + ("" if is_paper else f", {config.estimator}"))
+    return figure
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    with write_atomically(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    mpl.use("agg")
+    settings = with_defaults(tyro.cli(Config, description=__doc__))
+    # As many devices as can share the runs.
+    train.use_cpu_cores(math.gcd(settings.runs, available_cores()))
+    train.join_processes(settings.distributed)
+    main(settings)

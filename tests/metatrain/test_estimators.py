@@ -1,0 +1,146 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ngjax.metatrain.estimators import PES, OneStep, PaperScheme, Stream, epoch_rows_from, fresh_pair
+from ngjax.metatrain.tasks import Batch
+from ngjax.metatrain.unroll import RunSettings, Trainer, meta_loss, start_run, unroll
+from tests.metatrain import quadratic
+
+TRAINER = Trainer(quadratic.TASK, quadratic.momentum, RunSettings((6, 12), (0.1, 1.0), scale_spread=1.0))
+DATA = quadratic.points()
+
+
+def test_one_step_goes_on_until_the_horizon_and_then_starts_anew():
+    estimator, theta = OneStep(truncation=6), quadratic.theta()
+    estimate = jax.jit(functools.partial(estimator.estimate, TRAINER))
+    member = estimator.start(TRAINER, theta, jax.random.key(0), DATA)
+    counts, horizons = [], []
+    for step in range(12):
+        member, gradient, metrics = estimate(theta, member, jax.random.key(step), DATA)
+        counts.append(int(member.count))
+        horizons.append(int(member.horizon))
+        assert np.isfinite(metrics["loss"])
+        assert np.isfinite(gradient["log_rate"])
+    assert set(zip(counts, horizons, strict=True)) == {(6, 6), (6, 12), (12, 12)}
+    for before, after in zip(
+        zip(counts, horizons, strict=True), zip(counts[1:], horizons[1:], strict=True), strict=False
+    ):
+        assert after == (12, 12) if before == (6, 12) else after[0] == 6
+
+
+def test_pes_is_the_gradient_through_the_whole_run():
+    """In the mean over many perturbations, and summed over the truncations; a truncated gradient is another."""
+    theta, length, members = quadratic.theta(-2.5, 0.5), 5, 4096
+    run = start_run(TRAINER, theta, jax.random.key(1), DATA)._replace(horizon=jnp.int32(100))
+    estimator = PES(truncation=length, deviation=0.03)
+
+    def two_truncations(noise_key):
+        member, total = fresh_pair(theta, run), jax.tree.map(jnp.zeros_like, theta)
+        for key in jax.random.split(noise_key):
+            member, gradient, _ = estimator.estimate(TRAINER, theta, member, key, DATA)
+            total = jax.tree.map(jnp.add, total, gradient)
+        return total
+
+    drawn = jax.jit(jax.vmap(two_truncations))(jax.random.split(jax.random.key(2), members))
+
+    def whole(theta, cut):
+        first, losses = unroll(TRAINER, theta, run, DATA, length)
+        first = jax.lax.stop_gradient(first) if cut else first
+        _, more = unroll(TRAINER, theta, first, DATA, length)
+        return jnp.mean(meta_loss(losses)) + jnp.mean(meta_loss(more))
+
+    exact, truncated = (jax.jit(jax.grad(functools.partial(whole, cut=cut)))(theta) for cut in (False, True))
+    for name in theta:
+        error = np.std(drawn[name]) / np.sqrt(members)
+        assert abs(np.mean(drawn[name]) - exact[name]) < 4 * error
+        assert abs(truncated[name] - exact[name]) > 8 * error
+
+
+def test_pes_by_hand():
+    """One truncation after another, with the numbers of the definition."""
+    theta, length, deviation = quadratic.theta(), 4, 0.1
+    estimator = PES(length, deviation)
+    run = start_run(TRAINER, theta, jax.random.key(1), DATA)._replace(horizon=jnp.int32(100))
+    member = fresh_pair(theta, run)
+    plus = minus = run
+    total = jax.tree.map(jnp.zeros_like, theta)
+    for step in range(3):
+        before = member.noise
+        member, gradient, metrics = estimator.estimate(TRAINER, theta, member, jax.random.key(step), DATA)
+        noise = jax.tree.map(jnp.subtract, member.noise, before)
+        assert 0 < abs(noise["decay"]) < 5 * deviation
+        total = jax.tree.map(jnp.add, total, noise)
+        plus, losses = unroll(TRAINER, jax.tree.map(jnp.add, theta, noise), plus, DATA, length)
+        minus, other = unroll(TRAINER, jax.tree.map(jnp.subtract, theta, noise), minus, DATA, length)
+        difference = jnp.mean(meta_loss(losses)) - jnp.mean(meta_loss(other))
+        for name in theta:
+            np.testing.assert_allclose(
+                gradient[name], total[name] * difference / (2 * deviation**2), rtol=1e-3, atol=1e-4
+            )
+        np.testing.assert_allclose(metrics["loss"], np.mean(meta_loss(jnp.stack([losses, other]))), rtol=1e-5)
+
+
+def test_pes_starts_anew_without_noise():
+    estimator, theta = PES(6, 0.1), quadratic.theta()
+    estimate = jax.jit(functools.partial(estimator.estimate, TRAINER))
+    member = estimator.start(TRAINER, theta, jax.random.key(0), DATA)
+    sizes = {6: [], 12: []}
+    for step in range(60):
+        member = estimate(theta, member, jax.random.key(step), DATA).member
+        assert member.runs.count[0] == member.runs.count[1]
+        sizes[int(member.runs.count[0])].append(float(member.noise["decay"]))
+    assert 0.07 < np.std(sizes[6]) < 0.13
+    assert 0.09 < np.std(sizes[12]) < 0.2
+    assert member.runs.params["p"][0].tolist() != member.runs.params["p"][1].tolist()
+
+
+def test_the_papers_scheme_by_hand():
+    """The same batch before and after each step, gradients through single steps, summed; data go on."""
+    estimator, theta = PaperScheme(inner_steps=5), quadratic.theta()
+    member = estimator.start(TRAINER, theta, jax.random.key(0), DATA)
+    rows = epoch_rows_from(member, 32, 4, 10)
+    for number in range(2):
+        key = jax.random.key(number)
+        member, gradient, metrics = estimator.estimate(TRAINER, theta, member, key, DATA)
+        optimizer = quadratic.momentum(theta, None, None)
+        params = quadratic.TASK.init(key)
+        opt_state, expected, losses = optimizer.init(params), [], []
+        for step in range(5):
+            chosen = rows[5 * number + step]
+            batch = Batch(DATA.train.inputs[chosen], DATA.train.labels[chosen])
+            grads = jax.grad(quadratic.TASK.loss)(params, batch)
+
+            def loss_after(theta, grads=grads, opt_state=opt_state, params=params, batch=batch):
+                updates, _ = quadratic.momentum(theta, None, None).update(grads, opt_state, params)
+                return quadratic.TASK.loss(optax.apply_updates(params, updates), batch)
+
+            loss, slope = jax.value_and_grad(loss_after)(theta)
+            losses.append(loss)
+            expected.append(slope)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        for name in theta:
+            np.testing.assert_allclose(gradient[name], sum(g[name] for g in expected), rtol=1e-4)
+        np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+        np.testing.assert_allclose(metrics["last_loss"], losses[-1], rtol=1e-5)
+
+
+def test_passes_over_the_data_go_on():
+    key = jax.random.key(0)
+    whole = np.asarray(epoch_rows_from(Stream(key, jnp.int32(0)), 22, 5, 12))
+    parts = [epoch_rows_from(Stream(key, jnp.int32(first)), 22, 5, 3) for first in (0, 3, 6, 9)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    for number in range(3):
+        seen = whole[4 * number : 4 * number + 4].ravel()
+        assert len(set(seen.tolist())) == 20
+    assert whole[:4].tolist() != whole[4:8].tolist()
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="batch_size: expected 1 to 3, the number of rows; received 5"):
+        epoch_rows_from(Stream(jax.random.key(0), jnp.int32(0)), 3, 5, 1)

@@ -1,0 +1,144 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ngjax.metatrain.optimizers import LearnedOptimizer
+from ngjax.metatrain.tasks import find_task, load_task_data, rescale, sample_batch
+from ngjax.metatrain.unroll import (
+    LARGEST_LOSS,
+    LOSS_FLOOR,
+    RunSettings,
+    Trainer,
+    finite_or_zero,
+    is_over,
+    meta_loss,
+    no_run,
+    start_run,
+    unroll,
+    unroll_with_gradient,
+    warmup_cosine,
+)
+from ngjax.optimizers import FFRule, init_meta_params
+from tests.metatrain import quadratic
+
+TRAINER = Trainer(quadratic.TASK, quadratic.scheduled, RunSettings((6, 12), (0.1, 1.0)))
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero_but_is_never_zero():
+    rates = np.array([warmup_cosine(jnp.float32(0.2), jnp.int32(100), 0.1, jnp.int32(c)) for c in range(101)])
+    assert rates[:100].min() > 0
+    assert rates.argmax() in (9, 10)
+    assert 0.195 < rates.max() <= 0.2
+    assert np.all(np.diff(rates[:10]) > 0)
+    assert np.all(np.diff(rates[10:]) < 0)
+    assert rates[100] < 1e-6
+
+
+def test_a_run_of_one_step_has_a_rate():
+    assert warmup_cosine(jnp.float32(0.2), jnp.int32(1), 0.05, jnp.int32(0)) > 0.05
+
+
+def test_meta_loss_of_runs_that_diverge_is_bounded_and_flat():
+    losses = jnp.array([1.0, LARGEST_LOSS, 1e30, jnp.inf, jnp.nan])
+    np.testing.assert_allclose(meta_loss(losses), np.log(np.array([1.0] + 4 * [LARGEST_LOSS]) + LOSS_FLOOR), rtol=1e-6)
+    slopes = jax.vmap(jax.grad(meta_loss))(losses)
+    np.testing.assert_allclose(slopes, [1 / (1 + LOSS_FLOOR), 0, 0, 0, 0])
+
+
+def test_a_tree_with_a_number_that_is_not_finite_becomes_zero():
+    tree = {"a": jnp.ones(2), "b": jnp.array([1.0, jnp.nan])}
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(finite_or_zero(tree)))
+    assert finite_or_zero({"a": jnp.ones(2)})["a"].tolist() == [1, 1]
+
+
+def test_runs_differ_in_horizon_and_rate_and_scales_but_not_in_what_their_networks_are():
+    keys = jax.random.split(jax.random.key(0), 200)
+    runs = jax.jit(jax.vmap(lambda key: start_run(TRAINER, quadratic.theta(), key, quadratic.points())))(keys)
+    assert set(runs.horizon.tolist()) == {6, 12}
+    assert 0.1 <= runs.peak.min() < 0.12
+    assert 0.85 < runs.peak.max() <= 1.0
+    assert np.isclose(np.median(runs.peak), 0.316, rtol=0.3)
+    assert 0.1 <= runs.scales["p"].min() < 0.2
+    assert 5 < runs.scales["p"].max() <= 10
+    networks = jax.vmap(rescale)(runs.scales, runs.params)
+    assert np.isclose(np.mean(networks["p"]), 2, atol=0.3)
+    plain = dataclasses.replace(TRAINER, settings=dataclasses.replace(TRAINER.settings, scale_spread=1.0))
+    run = start_run(plain, quadratic.theta(), keys[0], quadratic.points())
+    np.testing.assert_allclose(run.params["p"], networks["p"][0], rtol=1e-6)
+
+
+def test_a_run_is_over_at_its_horizon_or_when_it_diverges():
+    run = start_run(TRAINER, quadratic.theta(), jax.random.key(0), quadratic.points())
+    assert not is_over(run)
+    assert is_over(run._replace(count=run.horizon))
+    assert is_over(run._replace(loss=jnp.float32(jnp.nan)))
+    assert is_over(run._replace(loss=jnp.float32(2 * LARGEST_LOSS)))
+    none = no_run(TRAINER, quadratic.theta(), jax.random.key(0), quadratic.points())
+    assert is_over(none)
+    assert jax.tree.structure(none) == jax.tree.structure(run)
+    assert [leaf.dtype for leaf in jax.tree.leaves(none)] == [leaf.dtype for leaf in jax.tree.leaves(run)]
+
+
+def by_hand(trainer, theta, run, data, length):
+    """Losses, and the mean of the gradients through single steps, with a loop and the definition."""
+    optimizer = trainer.optimizer(theta, run.peak, run.horizon)
+    params, opt_state, gradients, losses = run.params, run.opt_state, [], []
+    gradient = run.gradient
+    for step in range(length):
+        batch = sample_batch(jax.random.fold_in(run.key, step), data.train, trainer.task.batch_size)
+
+        def loss_at(q, batch=batch):
+            return trainer.task.loss(rescale(run.scales, q), batch)
+
+        def loss_after(theta, gradient=gradient, opt_state=opt_state, params=params, loss_at=loss_at):
+            updates, _ = trainer.optimizer(theta, run.peak, run.horizon).update(gradient, opt_state, params)
+            return jnp.log(loss_at(optax.apply_updates(params, updates)) + LOSS_FLOOR)
+
+        gradients.append(jax.grad(loss_after)(theta))
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        loss, gradient = jax.value_and_grad(loss_at)(params)
+        losses.append(loss)
+    return params, np.array(losses), jax.tree.map(lambda *g: sum(g) / length, *gradients)
+
+
+def check_against_a_loop(trainer, theta, data, length):
+    run = start_run(trainer, theta, jax.random.key(3), data)
+    after, losses, gradient = jax.jit(lambda theta, run: unroll_with_gradient(trainer, theta, run, data, length))(
+        theta, run
+    )
+    params, expected_losses, expected = by_hand(trainer, theta, run, data, length)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after.params, params)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    assert scale > 1e-5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale), gradient, expected)
+    assert after.count == length
+    again, same_losses = jax.jit(lambda theta, run: unroll(trainer, theta, run, data, length))(theta, run)
+    np.testing.assert_allclose(same_losses, losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), again.params, after.params)
+
+
+def test_gradients_are_those_of_single_steps_on_fresh_batches():
+    check_against_a_loop(TRAINER, quadratic.theta(0.0), quadratic.points(), 5)
+
+
+@pytest.mark.parametrize("step", ["normalized", "paper"])
+def test_gradients_of_a_learned_optimizer(step):
+    rule = FFRule(width=4)
+    trainer = Trainer(find_task("digits-mlp-4-relu"), LearnedOptimizer(rule, step), RunSettings((10,), (0.01, 0.02)))
+    check_against_a_loop(trainer, init_meta_params(jax.random.key(0), rule), load_task_data("digits"), 3)
+
+
+def test_a_run_that_diverges_gives_no_gradient_that_is_not_finite():
+    trainer = dataclasses.replace(TRAINER, settings=RunSettings((100,), (1e6, 1e6)))
+    data = quadratic.points()
+    run = start_run(trainer, quadratic.theta(5.0), jax.random.key(0), data)
+    run, losses, gradient = unroll_with_gradient(trainer, quadratic.theta(5.0), run, data, 30)
+    assert not np.all(np.isfinite(losses))
+    assert np.all(np.isfinite(jax.tree.leaves(gradient)))
+    assert is_over(run)

@@ -8,14 +8,15 @@ embeddings standard normal, norms with scale 1 and bias 0.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ngjax.chains import infer_spec, mlp_spec
 from ngjax.nn.activations import activation_function
@@ -46,10 +47,10 @@ class ConvNet:
         return _init_layers(key, shapes | {"dense_0": (self.channels[-1], self.classes)})
 
     def apply(self, params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
-        x = images
+        x = images.transpose(3, 1, 2, 0)
         for i in range(len(self.channels) - 1):
             x = jax.nn.relu(conv_3x3(params[f"conv_{i}"], x, stride=2 if i == 0 else 1, padding=0 if i == 0 else 1))
-        return dense(params["dense_0"], x.mean((1, 2)))
+        return dense(params["dense_0"], x.mean((1, 2)).T)
 
     def spec(self) -> NeuralGraphSpec:
         # By names and shapes: the matrix products that `conv_3x3` is made of do not look like a convolution.
@@ -57,19 +58,23 @@ class ConvNet:
 
 
 def conv_3x3(
-    layer: Mapping[str, Array], x: Float[Array, "B H W C"], *, stride: int, padding: int
-) -> Float[Array, "B h w D"]:
+    layer: Mapping[str, Array], x: Float[Array, "C H W B"], *, stride: int, padding: int
+) -> Float[Array, "D h w B"]:
     """A convolution as a matrix product with the patches of the images.
 
-    XLA's convolutions on CPU are slow, above all the gradients, and more so under `vmap` over kernels.
+    XLA's convolutions on CPU are slow, above all the gradients, and more so under `vmap` over kernels. With the images
+    along the last axis, a patch is copied in runs that are long and contiguous.
     """
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows, columns = (range(tap, size - 2 + tap, stride) for tap in (0,) for size in x.shape[1:3])
+    height, width = ((size - 3) // stride + 1 for size in x.shape[1:3])
     patches = [
-        x[:, i : i + rows[-1] + 1 : stride, j : j + columns[-1] + 1 : stride] for i in range(3) for j in range(3)
+        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        for i in range(3)
+        for j in range(3)
     ]
     kernel = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
-    return jnp.concatenate(patches, -1) @ kernel + layer["bias"]
+    out = kernel.T @ jnp.concatenate(patches).reshape(len(kernel), -1)
+    return out.reshape(-1, height, width, x.shape[-1]) + layer["bias"][:, None, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,3 +200,50 @@ Network: TypeAlias = ConvNet | MLP | Transformer
 
 def _abstract_params(network: Network) -> Params:
     return jax.eval_shape(network.init, jax.random.key(0))
+
+
+# -- in chunks ---------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def mean_over_chunks(
+    function: Callable[[PyTree, PyTree], Float[Array, ""]], size: int, params: PyTree, batch: PyTree
+) -> Float[Array, ""]:
+    """The mean of `function(params, chunk)` over chunks of a batch, one after the other; each takes its own gradient.
+
+    What a chunk needs for its gradient then stays in the cache of a core. It can be differentiated with respect to the
+    parameters alone, in reverse mode first (`jax.grad`, not `jax.jvp`); gradients can be differentiated further.
+
+    Args:
+      function: a mean over the examples of a chunk.
+      size: examples in a chunk at most. All chunks are equal: it is the largest divisor of the batch's size up to this.
+      params: what gradients are taken with respect to.
+      batch: arrays with the examples along their first axis.
+    """
+    return jax.lax.map(lambda chunk: function(params, chunk), _chunks(size, batch)).mean()
+
+
+def _mean_forward(
+    function: Callable[[PyTree, PyTree], Float[Array, ""]], size: int, params: PyTree, batch: PyTree
+) -> tuple[Float[Array, ""], PyTree]:
+    chunks = _chunks(size, batch)
+    share = 1 / len(jax.tree.leaves(chunks)[0])
+
+    def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(lambda a, b: a + share * b, total, jax.value_and_grad(function)(params, chunk)), None
+
+    start = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    return jax.lax.scan(add, start, chunks)[0]
+
+
+def _mean_backward(function: Any, size: int, gradient: PyTree, cotangent: Array) -> tuple[PyTree, None]:
+    return jax.tree.map(lambda leaf: cotangent * leaf, gradient), None
+
+
+mean_over_chunks.defvjp(_mean_forward, _mean_backward)
+
+
+def _chunks(size: int, batch: PyTree) -> PyTree:
+    rows = len(jax.tree.leaves(batch)[0])
+    size = max(n for n in range(1, min(size, rows) + 1) if rows % n == 0)
+    return jax.tree.map(lambda leaf: leaf.reshape(rows // size, size, *leaf.shape[1:]), batch)

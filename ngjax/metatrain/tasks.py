@@ -16,14 +16,15 @@ import os
 import pathlib
 import re
 import sysconfig
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt8
 
-from ngjax.metatrain.networks import MLP, ConvNet, Network, Params, Transformer
+from ngjax.metatrain.networks import MLP, ConvNet, Network, Params, Transformer, mean_over_chunks
 from ngjax.spec import NeuralGraphSpec
 from ngjax.zoo.images import IMAGE_SETS, load_images
 
@@ -207,18 +208,38 @@ class Task:
         return self.network.apply(params, (scaled - mean) / deviation)
 
     def loss(self, params: Params, batch: Batch) -> Float[Array, ""]:
-        """The mean cross entropy, in nats."""
-        log_shares = jax.nn.log_softmax(self.apply(params, batch.inputs))
-        return -jnp.take_along_axis(log_shares, batch.labels[..., None], axis=-1).mean()
+        """The mean cross entropy, in nats. That of a ConvNet has no forward-mode derivative, see `mean_over_chunks`."""
+        return self._mean(_cross_entropy, params, batch)
 
     def accuracy(self, params: Params, batch: Batch) -> Float[Array, ""]:
         """The share of right answers."""
-        answers = jnp.argmax(self.apply(params, batch.inputs), axis=-1)
-        return (answers == batch.labels).astype(jnp.float32).mean()
+        return self._mean(_share_right, params, batch)
+
+    def _mean(self, measure: _Measure, params: Params, batch: Batch) -> Float[Array, ""]:
+        def of_logits(params: Params, batch: Batch) -> Float[Array, ""]:
+            return measure(self.apply(params, batch.inputs), batch.labels)
+
+        if isinstance(self.network, ConvNet):
+            return mean_over_chunks(of_logits, _CHUNK, params, batch)
+        return of_logits(params, batch)
 
     def spec(self) -> NeuralGraphSpec:
         """Of the parameters."""
         return _spec(self.network)
+
+
+_Measure: TypeAlias = Callable[[Float[Array, "*B classes"], Int[Array, "*B"]], Float[Array, ""]]
+
+# Images whose patches fit about into the second-level cache of a core.
+_CHUNK = 16
+
+
+def _cross_entropy(logits: Float[Array, "*B classes"], labels: Int[Array, "*B"]) -> Float[Array, ""]:
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1).mean()
+
+
+def _share_right(logits: Float[Array, "*B classes"], labels: Int[Array, "*B"]) -> Float[Array, ""]:
+    return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32).mean()
 
 
 @functools.cache

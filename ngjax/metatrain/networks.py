@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from ngjax.chains import infer_spec, mlp_spec
 from ngjax.nn.activations import activation_function
@@ -89,6 +89,9 @@ class MLP:
     sizes: tuple[int, ...]
     activation: str
 
+    def __post_init__(self) -> None:
+        activation_function(self.activation)  # an unknown one is refused here
+
     def init(self, key: PRNGKeyArray) -> Params:
         return _init_layers(key, {f"layer_{i}": ends for i, ends in enumerate(itertools.pairwise(self.sizes))})
 
@@ -127,10 +130,11 @@ class Transformer:
     layers: int
 
     def init(self, key: PRNGKeyArray) -> Params:
-        token_key, position_key, head_key, *block_keys = jax.random.split(key, 3 + self.layers)
+        embedding_key, head_key, *block_keys = jax.random.split(key, 2 + self.layers)
+        embeddings = jax.random.normal(embedding_key, (self.vocabulary + self.context, self.width))
         return {
-            "token": jax.random.normal(token_key, (self.vocabulary, self.width)),
-            "position": jax.random.normal(position_key, (self.context, self.width)),
+            "token": embeddings[: self.vocabulary],
+            "position": embeddings[self.vocabulary :],
             "norm": self._init_norm(),
             **_init_layers(head_key, {"head": (self.width, self.vocabulary)}),
             **{f"block_{i}": self._init_block(block_key) for i, block_key in enumerate(block_keys)},
@@ -148,7 +152,7 @@ class Transformer:
     def _init_norm(self) -> Params:
         return {"scale": jnp.ones(self.width), "bias": jnp.zeros(self.width)}
 
-    def apply(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def apply(self, params: Params, tokens: Integer[Array, "B T"]) -> Float[Array, "B T V"]:
         x = params["token"][tokens.astype(jnp.int32)] + params["position"][: tokens.shape[1]]
         for i in range(self.layers):
             block = params[f"block_{i}"]
@@ -184,14 +188,15 @@ def dense(layer: Mapping[str, Array], x: Float[Array, "*B in"]) -> Float[Array, 
 
 def _init_layers(key: PRNGKeyArray, shapes: Mapping[str, tuple[int, ...]]) -> Params:
     """Kernels of these shapes, `[..., in, out]`, and biases, as PyTorch draws them."""
-    params = {}
-    for (name, shape), layer_key in zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True):
-        kernel_key, bias_key = jax.random.split(layer_key)
+    # One draw for all: each takes its time to compile.
+    draw = jax.random.uniform(key, (sum(math.prod(s) + s[-1] for s in shapes.values()),), minval=-1.0, maxval=1.0)
+    params, start = {}, 0
+    for name, shape in shapes.items():
+        middle = start + math.prod(shape)
+        end = middle + shape[-1]
         bound = 1 / math.sqrt(math.prod(shape[:-1]))
-        params[name] = {
-            "kernel": jax.random.uniform(kernel_key, shape, minval=-bound, maxval=bound),
-            "bias": jax.random.uniform(bias_key, shape[-1:], minval=-bound, maxval=bound),
-        }
+        params[name] = {"kernel": bound * draw[start:middle].reshape(shape), "bias": bound * draw[middle:end]}
+        start = end
     return params
 
 

@@ -240,9 +240,8 @@ def compare(
                 num_seeds=config.test_seeds,
             )
             table[name][title] = numbers_of(outcome, rates)
-            say(
-                f"{name}: tested {title} in {time.perf_counter() - begin:.0f} s, {len(trainers) - number - 1} tasks more"
-            )
+            seconds, left = time.perf_counter() - begin, len(trainers) - number - 1
+            say(f"{name}: tested {title} in {seconds:.0f} s, {left} tasks more")
     return table
 
 

@@ -21,10 +21,13 @@ from jaxtyping import Array, Float
 from ngjax.chains import mlp_spec
 from ngjax.graph import GroupedGraph, to_groups, to_params
 from ngjax.nn import NGGNN, NGT, EncoderConfig, GraphReadout, ParamsReadout, WeightSpaceModel, WeightStatistics
-from ngjax.optimizers.features import MOMENTUM_DECAYS, PREPROCESS_P
+from ngjax.optimizers.features import MOMENTUM_DECAYS, NUM_FEATURES, PREPROCESS_P
+from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.heads import MAGNITUDE_SCALE, STEP_SCALE
-from ngjax.optimizers.rules import FFRule, LSTMRule, Rule
-from ngjax.optimizers.transform import ordered_learned_opt
+from ngjax.optimizers.named_rules import Rule
+from ngjax.optimizers.parts import inferred_spec
+from ngjax.optimizers.rules import FFRule, LSTMRule
+from ngjax.optimizers.transform import Layout, learned_opt
 from ngjax.spec import NeuralGraphSpec, Path, path_keys
 from ngjax.zoo.siren import apply_siren
 
@@ -89,7 +92,7 @@ def from_reference(
     if config.get("model") == "siren_render":
         return _siren_render(config, state)
     if str(config.get("model")).startswith("learned_optimizer"):
-        return _learned_optimizer(config, state_dict)
+        return _learned_optimizer(config, state_dict, repair)
     model, variables, spec = reference_model(config, state_dict, repair=repair)
 
     def run(weights: Layers, biases: Layers) -> Any:
@@ -136,7 +139,9 @@ def reference_model(
     return ReferenceModel(WeightSpaceModel(backbone, readout), variables, spec)
 
 
-def reference_rule(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> ReferenceRule:
+def reference_rule(
+    config: Mapping[str, Any], state_dict: Mapping[str, Any], *, repair: Collection[str] = ()
+) -> ReferenceRule:
     """The update rule of a learned optimizer and its meta-parameters; arguments and errors as in `from_reference`."""
     constants = {
         "momentum_decays": list(MOMENTUM_DECAYS),
@@ -147,13 +152,17 @@ def reference_rule(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> 
     for name, expected in constants.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"config {name}: this library computes with {expected}, received {config[name]}")
+    unknown = set(repair) - set(REPAIRS)
+    if unknown:
+        raise ValueError(f"unknown repair {sorted(unknown)}; known are {', '.join(REPAIRS)}")
     kind = config.get("model")
     if kind not in _OPTIMIZERS:
-        raise ValueError(f"learned optimizer {kind!r} is not supported yet; known are {', '.join(_OPTIMIZERS)}")
-    state = _State(state_dict)
+        raise ValueError(f"learned optimizer {kind!r} is unknown; known are {', '.join(_OPTIMIZERS)}")
+    # The backbone has the names of the classifiers' under a prefix.
+    state = _State({name.removeprefix("param/").removeprefix("gnn."): array for name, array in state_dict.items()})
     if "momentum" in state:
         state.get("momentum")  # a buffer with the decays
-    rule, meta_params = _OPTIMIZERS[kind](config, state)
+    rule, meta_params = _OPTIMIZERS[kind](config, state, repair)
     num_layers = config["head_hidden_layers"] + 1
     meta_params["head"] = {f"dense_{i}": state.linear(f"fc.{2 * i}") for i in range(num_layers)}
     state.check_all_used()
@@ -184,6 +193,9 @@ class _State:
     def norm(self, name: str) -> dict[str, Array]:
         return {"scale": self.get(f"{name}.weight"), "bias": self.get(f"{name}.bias")}
 
+    def names(self, prefix: str) -> list[str]:
+        return [name for name in self._arrays if name.startswith(prefix)]
+
     def check_all_used(self) -> None:
         left = sorted(self._arrays.keys() - self._used)
         if left:
@@ -212,7 +224,7 @@ def _encoder(
         fourier_scale=float(config["fourier_sigma"]),
         depth=depth,
         num_probes=num_probes,
-        positions=config["positional_embedding"],
+        positions="slot" if config["positional_embedding"] else "none",
         max_inputs=sizes[0],
         max_hidden_layers=hidden,
         max_outputs=sizes[-1],
@@ -231,7 +243,7 @@ def _encoder(
             constants[f"{kind}_frequencies"] = state.get(f"{prefix}{name}.0.b").T[None]
     params["edge_out"] = state.linear(f"{prefix}proj_edge_in")
     params["node_out"] = state.linear(f"{prefix}proj_node_in")
-    if encoder.positions:
+    if encoder.positions == "slot":
         params["positions"] = state.get(f"{prefix}pos_embed")
     if num_probes:
         params["probe_inputs"] = state.get(f"{prefix}gpf.inputs")[0].T
@@ -290,8 +302,12 @@ def _gnn(
 def _transformer(
     config: Mapping[str, Any], state: _State, encoder: EncoderConfig, repair: Collection[str]
 ) -> tuple[NGT, dict[str, Any]]:
-    del repair  # networks of one architecture have no padding, and layer norms know no batch
     num_layers, last_edge_update = config["num_layers"], config["last_layer_edge_update"]
+    # Those of learned optimizers lack the one and have the other.
+    attention_out, pair_means = (
+        "layers.0.self_attn.proj_out.weight" in state,
+        ("layers.0.edge_mlp0.lin0_er.weight" in state),
+    )
     params: dict[str, Any] = {}
     for k in range(num_layers):
         layer = f"layers.{k}"
@@ -299,16 +315,17 @@ def _transformer(
         params[f"layer_{k}"] = {
             "qkv_node": state.linear(f"{attention}.qkv_node", has_bias=False),
             "qkv_edge": state.linear(f"{attention}.qkv_edge", has_bias=False),
-            "attention_out": state.linear(f"{attention}.proj_out"),
             "node_lin": state.linear(f"{layer}.lin0"),
             "node_norm_0": state.norm(f"{layer}.node_ln0"),
             "node_norm_1": state.norm(f"{layer}.node_ln1"),
             "node_mlp_0": state.linear(f"{layer}.node_mlp.0", has_bias=False),
             "node_mlp_1": state.linear(f"{layer}.node_mlp.2"),
         }
+        if attention_out:
+            params[f"layer_{k}"]["attention_out"] = state.linear(f"{attention}.proj_out")
         if k == num_layers - 1 and not last_edge_update:
             break
-        update = f"{layer}.edge_updates"
+        update = f"{layer}.edge_updates" if f"{layer}.edge_updates.eln0.weight" in state else layer
         edge, source, target = (state.linear(f"{update}.edge_mlp0.lin0_{end}") for end in "est")
         edge["bias"] = edge["bias"] + source.pop("bias") + target.pop("bias")
         params[f"layer_{k}"] |= {
@@ -321,6 +338,9 @@ def _transformer(
             "edge_mlp_1": state.linear(f"{update}.edge_mlp1.2"),
             "edge_norm_1": state.norm(f"{update}.eln1"),
         }
+        if pair_means:
+            for name, end in (("edge_row", "er"), ("edge_column", "ec")):
+                params[f"layer_{k}"][name] = state.linear(f"{update}.edge_mlp0.lin0_{end}", has_bias=False)
     class_token = config.get("pooling") == "class_token"
     if class_token:
         params["token"] = state.get("cls_token").reshape(-1)
@@ -330,12 +350,16 @@ def _transformer(
         attention_features=config["attention_dim"],
         node_hidden=config["node_mlp_dim"],
         edge_hidden=config["edge_mlp_dim"],
+        edge_mlp_hidden=config.get("second_edge_mlp_dim"),
         num_layers=num_layers,
         num_heads=config["num_heads"],
         encoder=encoder,
         modulate_values=config["modulate_values"],
         last_edge_update=last_edge_update,
         class_token=class_token,
+        attention_out=attention_out,
+        pair_means=pair_means,
+        alignment="corrected" if "alignment" in repair else config.get("alignment", "corrected"),
     )
     return model, params
 
@@ -397,38 +421,96 @@ def _siren_render(config: Mapping[str, Any], state: _State) -> Callable[[Layers,
 
 
 def _learned_optimizer(
-    config: Mapping[str, Any], state_dict: Mapping[str, Any]
+    config: Mapping[str, Any], state_dict: Mapping[str, Any], repair: Collection[str]
 ) -> optax.GradientTransformationExtraArgs:
     places = {name: i for i, name in enumerate(config["parameter_order"])}
+    rule, meta_params = reference_rule(config, state_dict, repair=repair)
 
-    def recorded_order(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> list[int]:
-        del shapes
+    def recorded_layout(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> Layout:
         names = [".".join(map(str, path_keys(path))) for path in paths]
         unknown = [name for name in names if name not in places]
         if unknown:
             raise ValueError(f"parameter {unknown[0]} is not in the recorded order: {', '.join(places)}")
-        return sorted(range(len(names)), key=lambda i: places[names[i]])
+        order = sorted(range(len(names)), key=lambda i: places[names[i]])
+        if not isinstance(rule, GraphRule):
+            return Layout(order)
+        return Layout(order, inferred_spec(tuple(paths[i] for i in order), tuple(shapes[i] for i in order)))
 
-    return ordered_learned_opt(*reference_rule(config, state_dict), recorded_order)
+    return learned_opt(rule, recorded_layout, meta_params=meta_params, step="paper")
 
 
-def _ff_rule(config: Mapping[str, Any], state: _State) -> tuple[Rule, dict[str, Any]]:
-    del state  # there is a head and nothing else
+def _ff_rule(config: Mapping[str, Any], state: _State, repair: Collection[str]) -> tuple[Rule, dict[str, Any]]:
+    del state, repair  # there is a head and nothing else
     return FFRule(config["backbone_hidden"], config["head_hidden_layers"]), {}
 
 
-def _lstm_rule(config: Mapping[str, Any], state: _State) -> tuple[Rule, dict[str, Any]]:
+def _lstm_rule(config: Mapping[str, Any], state: _State, repair: Collection[str]) -> tuple[Rule, dict[str, Any]]:
+    del repair
     meta_params = {
         "summary_0": state.linear("gnn_proj.0"),
         "summary_1": state.linear("gnn_proj.2"),
-        "input_kernel": state.get("gnn.weight_ih").T,
-        "hidden_kernel": state.get("gnn.weight_hh").T,
-        "bias": state.get("gnn.bias_ih") + state.get("gnn.bias_hh"),
+        "input_kernel": state.get("weight_ih").T,
+        "hidden_kernel": state.get("weight_hh").T,
+        "bias": state.get("bias_ih") + state.get("bias_hh"),
     }
     return LSTMRule(config["backbone_hidden"], config["head_hidden_layers"]), meta_params
 
 
-_OPTIMIZERS: dict[str, Callable[[Mapping[str, Any], _State], tuple[Rule, dict[str, Any]]]] = {
+def _graph_rule(
+    config: Mapping[str, Any], state: _State, repair: Collection[str], kind: str
+) -> tuple[Rule, dict[str, Any]]:
+    """The backbone is that of the classifiers, under a prefix, with raw features of 14 numbers and 5 x 5 kernels."""
+    width, num_layers, sizes = config["backbone_hidden"], config["backbone_layers"], tuple(config["layer_sizes"])
+    encoder = EncoderConfig(
+        reverse_edges=config["reverse_edges"],
+        max_inputs=sizes[0],
+        max_hidden_layers=len(sizes) - 2,
+        max_outputs=sizes[-1],
+        kernel_range=(1, config["max_kernel"], config["max_kernel"]),
+    )
+    prefix, positions = "construct_graph.", config["max_kernel"] ** 2
+    node, edge = (state.linear(f"{prefix}proj_{kind}.0") for kind in ("bias", "weight"))
+    # Features of a bias stand feature by feature, those of a weight (and of its reverse edges) position by position.
+    node["kernel"] = node["kernel"].reshape(NUM_FEATURES, positions, width)[None, :, positions // 2]
+    edge["kernel"] = jnp.concatenate(
+        jnp.split(edge["kernel"].reshape(-1, NUM_FEATURES, width), 3 if encoder.reverse_edges else 1), axis=1
+    )
+    encoder_params = {
+        "node_in_0": node,
+        "edge_in_0": edge,
+        "node_out": state.linear(f"{prefix}proj_node_in"),
+        "edge_out": state.linear(f"{prefix}proj_edge_in"),
+        "positions": state.get(f"{prefix}pos_embed")[: sizes[0] + len(sizes) - 2 + sizes[-1]],
+    }
+    shape = {"num_layers": num_layers, "hidden_dim": width}
+    readout: dict[str, Any]
+    backbone: NGGNN | NGT
+    if kind == "gnn":
+        for name in state.names(f"gnn.edge_update.{num_layers - 1}."):
+            state.get(name)  # never called
+        backbone, params = _gnn({**config, **shape}, state, encoder, repair)
+        readout = {f"{of}_readout_{i}": state.linear(f"proj_{of}.{2 * i}") for of in ("node", "edge") for i in range(2)}
+    else:
+        widths = dict.fromkeys(("node_dim", "edge_dim", "attention_dim", "edge_mlp_dim"), width)
+        wide = dict.fromkeys(("node_mlp_dim", "second_edge_mlp_dim"), 2 * width)
+        others = {"num_heads": config["heads"], "pooling": "class_token" if config["class_token"] else None}
+        backbone, params = _transformer({**config, **shape, **widths, **wide, **others}, state, encoder, repair)
+        readout = {f"readout_{i}": state.linear(f"proj_out.{2 * i}") for i in range(3)}
+    misaligned = kind == "gnn" and config["alignment"] == "reference" and "alignment" not in repair
+    rule = GraphRule(
+        backbone,
+        width,
+        config["head_hidden_layers"],
+        readout_hidden=1 if kind == "gnn" else 2,
+        shared_readout=kind != "gnn",
+        bias_alignment="reference" if misaligned else "corrected",
+    )
+    return rule, {"backbone": params | {"encoder": encoder_params}, "loose": jnp.zeros(width)} | readout
+
+
+_OPTIMIZERS: dict[str, Callable[[Mapping[str, Any], _State, Collection[str]], tuple[Rule, dict[str, Any]]]] = {
     "learned_optimizer_ff": _ff_rule,
     "learned_optimizer_lstm": _lstm_rule,
+    "learned_optimizer_ng_gnn": functools.partial(_graph_rule, kind="gnn"),
+    "learned_optimizer_ng_t": functools.partial(_graph_rule, kind="transformer"),
 }

@@ -14,8 +14,10 @@ import optax
 import pytest
 
 from ngjax import convert
+from ngjax.optimizers import GraphRule
 from ngjax.optimizers import features as scalar_features
 from ngjax.optimizers.order import natural_layer_order
+from ngjax.optimizers.parts import inferred_spec
 from ngjax.spec import PathKey
 
 CASES = (
@@ -30,7 +32,14 @@ CASES = (
     "ng_t_edit_denormalised",
     "siren_render",
 )
-OPTIMIZERS = ("metaopt_ff", "metaopt_lstm")
+OPTIMIZERS = (
+    "metaopt_ff",
+    "metaopt_lstm",
+    "metaopt_ng_gnn",
+    "metaopt_ng_gnn_corrected",
+    "metaopt_ng_t",
+    "metaopt_ng_t_corrected",
+)
 FORWARD, GRADIENT = 1e-5, 1e-4
 LATER_STEPS = 3e-5  # of an optimizer: the preprocessing amplifies what rounding did to momenta near zero
 
@@ -212,7 +221,12 @@ def test_features_and_heads_of_learned_optimizers(name, request):
             scalar_features.scalar_features(params[tensor], gradients[tensor], 5 * [gradients[tensor]])
             for tensor in config["parameter_order"]
         ]
-        return features, rule.apply({"params": theta}, features)
+        if not isinstance(rule, GraphRule):
+            return features, rule.apply({"params": theta}, features)
+        order = config["parameter_order"]
+        paths = tuple((PathKey("dict", tensor),) for tensor in order)
+        spec = inferred_spec(paths, tuple(params[tensor].shape for tensor in order))
+        return features, rule.apply({"params": theta}, features, spec)
 
     features, outputs = (
         np.concatenate([np.reshape(x, (-1, x.shape[-1])) for x in tensors]) for tensors in run(theta, params, gradients)
@@ -233,8 +247,8 @@ def test_order_of_names_is_the_recorded_one(request):
 def test_learned_optimizers_of_other_kinds_and_constants_are_refused(request):
     config, case = load("metaopt_ff", request)
     state_dict = {key: value for key, value in case.items() if key.startswith("param/")}
-    with pytest.raises(ValueError, match="learned_optimizer_ng_gnn' is not supported yet.*learned_optimizer_lstm"):
-        convert.from_reference({**config, "model": "learned_optimizer_ng_gnn"}, state_dict)
+    with pytest.raises(ValueError, match="learned_optimizer_dws' is unknown; known .*learned_optimizer_lstm"):
+        convert.from_reference({**config, "model": "learned_optimizer_dws"}, state_dict)
     with pytest.raises(ValueError, match="preprocess_p: this library computes with 10, received 12"):
         convert.from_reference({**config, "preprocess_p": 12}, state_dict)
     with pytest.raises(ValueError, match=r"does not have: fc\.9\.weight"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,8 @@ from ngjax.nn.probes import ProbeEncoder, probe_values
 from ngjax.nn.topology import BlockTopology, Edges, Topology
 from ngjax.spec import ROLES, NeuralGraphSpec
 from ngjax.trig import sincos
+
+_DEPTH_WAVES = 4
 
 
 class WeightStatistics(NamedTuple):
@@ -74,7 +76,9 @@ class EncoderConfig:
       depth: linear maps in the first projection.
       num_probes: learned inputs the network itself is run on; its neurons' values become node features.
       zero_biases, zero_weights: leave biases or weights out of the features.
-      positions: add position embeddings to the nodes.
+      positions: what is added to the nodes to tell layers apart. `"slot"`: a row of a table for each input, each hidden
+        layer and each output, as in the paper. `"depth"`: a linear map of the role (input, hidden, output) and of waves
+        of the relative depth, which means the same in networks of any size and depth. `"none"`: nothing.
       max_inputs, max_hidden_layers, max_outputs: rows of the position table.
       kernel_range: kernel positions with maps of their own, around the centre; those beyond share the outermost.
     """
@@ -87,7 +91,7 @@ class EncoderConfig:
     num_probes: int = 0
     zero_biases: bool = False
     zero_weights: bool = False
-    positions: bool = True
+    positions: Literal["slot", "depth", "none"] = "slot"
     max_inputs: int = 16
     max_hidden_layers: int = 8
     max_outputs: int = 16
@@ -155,6 +159,13 @@ def fourier_features(x: Float[Array, "... K C"], frequencies: Float[Array, "K C 
     return jnp.concatenate([cos, sin], axis=-1)
 
 
+def depth_features(topology: Topology) -> Float[Array, "N 7"]:
+    """Role (input, hidden, output), one number each, and `cos(k pi t)` of the relative depth `t`, k from 1 to 4."""
+    role = jax.nn.one_hot(topology.by_node("role"), len(ROLES))
+    waves = jnp.cos(jnp.pi * topology.relative_depth() * jnp.arange(1.0, _DEPTH_WAVES + 1.0))
+    return jnp.concatenate([role, waves], axis=-1)
+
+
 class GraphEncoder(nn.Module):
     """Node and edge features from raw biases and weights.
 
@@ -175,7 +186,7 @@ class GraphEncoder(nn.Module):
     ) -> tuple[Float[Array, "... N d"], Edges, Float[Array, " c"], Float[Array, "... N P"] | None]:
         """Features of nodes, of edges (backward ones last) and of a non-edge, and the probe values."""
         config = self.config
-        fits = self._fits_tables(topology) if config.positions or config.num_probes else None
+        fits = self._fits_tables(topology) if config.positions == "slot" or config.num_probes else None
         probes = None
         if config.num_probes:
             probes = self._probe_values(topology, nodes, edges)
@@ -198,8 +209,11 @@ class GraphEncoder(nn.Module):
                 self.node_features, config.max_hidden_layers, self.dtype, name="probes"
             )(topology, probes)
         node_values = node_map(node_values)
-        if config.positions:
+        if config.positions == "slot":
             node_values = node_values + self._positions(topology)
+        elif config.positions == "depth":
+            place = Dense(self.node_features, use_bias=False, dtype=self.dtype, name="depth")
+            node_values = node_values + place(depth_features(topology))
         if fits is not None:
             node_values = jnp.where(fits, node_values, jnp.nan)
 

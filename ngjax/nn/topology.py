@@ -142,6 +142,10 @@ class BlockTopology:
         """A field of the node groups, `[N]`: `role`, `activation` or `level`."""
         return node_fields(self.spec)[name]
 
+    def relative_depth(self) -> Float[Array, "N 1"]:
+        """0 at the inputs, 1 at the outputs."""
+        return (self.by_node("level") / self.spec.max_level)[:, None]
+
     def edge_levels(self) -> Edges:
         """Level of the target of each forward bundle, one number."""
         return tuple(jnp.asarray(self.spec.node_group[group.target].level) for group in self.spec.edge_groups)
@@ -388,6 +392,11 @@ class ListTopology:
 
     def by_node(self, name: str) -> Array:
         return getattr(self.graph.nodes, name)
+
+    def relative_depth(self) -> Float[Array, "N 1"]:
+        nodes = self.graph.nodes
+        deepest = jax.ops.segment_max(nodes.level, nodes.graph, self.num_graphs + 1)
+        return (nodes.level / jnp.maximum(deepest, 1)[nodes.graph])[:, None]
 
     def edge_levels(self) -> Edges:
         """Level of the target of each forward edge, `[E]`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -115,6 +115,17 @@ def in_row_blocks(
     return result.reshape(*result.shape[:-3], blocks * rows, result.shape[-1])[..., :count, :]
 
 
+def mean_of_pairs(
+    pairs: Float[Array, "... N N c"], mask: Bool[Array, "... N"] | None, axis: int
+) -> Float[Array, "... R C c"]:
+    """The mean over all targets (`axis` -2) or sources (-3) that are real, with the axis kept."""
+    if mask is None:
+        return jnp.mean(pairs, axis=axis, keepdims=True)
+    real = jnp.expand_dims(mask, (-3 if axis == -2 else -2, -1))
+    count = jnp.maximum(jnp.sum(mask, axis=-1), 1).astype(pairs.dtype)
+    return jnp.sum(jnp.where(real, pairs, 0), axis=axis, keepdims=True) / count[..., None, None, None]
+
+
 def _flat(x: Array, axes: int) -> Array:
     """`x` with all but its last axes as one."""
     return x.reshape(-1, *x.shape[x.ndim - axes :])
@@ -139,11 +150,14 @@ class TransformerLayer(nn.Module):
     attention_features: int
     node_hidden: int
     edge_hidden: int
+    edge_mlp_hidden: int
     num_heads: int
     modulate_values: bool
     update_edges: bool
     dropout: float
     attention_rows: int | None
+    attention_out: bool
+    pair_means: bool
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -181,7 +195,8 @@ class TransformerLayer(nn.Module):
             (queries, pairs),
             axes=(-2, -3),
         )
-        attention = dense(self.node_features, "attention_out")(attention)
+        if self.attention_out:
+            attention = dense(self.node_features, "attention_out")(attention)
         nodes = norm("node_norm_0")(nodes + drop(dense(self.node_features, "node_lin")(attention)))
         hidden = dense(self.node_hidden, "node_mlp_0", use_bias=False)(nodes)
         hidden = dense(self.node_features, "node_mlp_1")(gelu(hidden))
@@ -193,9 +208,13 @@ class TransformerLayer(nn.Module):
         hidden = dense(self.edge_hidden, "edge_in")(jnp.concatenate([pairs, reverse], axis=-1))
         hidden = hidden + dense(self.edge_hidden, "edge_source", use_bias=False)(nodes)[..., :, None, :]
         hidden = hidden + dense(self.edge_hidden, "edge_target", use_bias=False)(nodes)[..., None, :, :]
+        if self.pair_means:
+            from_source, to_target = (mean_of_pairs(pairs, key_mask, axis) for axis in (-2, -3))
+            hidden = hidden + dense(self.edge_hidden, "edge_row", use_bias=False)(from_source)
+            hidden = hidden + dense(self.edge_hidden, "edge_column", use_bias=False)(to_target)
         hidden = dense(self.edge_features, "edge_out")(gelu(hidden))
         pairs = norm("edge_norm_0")(pairs + drop(hidden))
-        hidden = dense(self.edge_hidden, "edge_mlp_0", use_bias=False)(pairs)
+        hidden = dense(self.edge_mlp_hidden, "edge_mlp_0", use_bias=False)(pairs)
         hidden = dense(self.edge_features, "edge_mlp_1")(gelu(hidden))
         return nodes, norm("edge_norm_1")(pairs + drop(hidden))
 
@@ -212,6 +231,7 @@ class NGT(nn.Module):
       node_features, edge_features: widths of nodes and pairs.
       attention_features: width of all heads together.
       node_hidden, edge_hidden: widths inside the perceptrons.
+      edge_mlp_hidden: width inside the second perceptron of edges; `None` for `edge_hidden`.
       num_layers, num_heads: of the transformer.
       encoder: how weights become features.
       modulate_values: multiply node values by edges, besides adding edges to them.
@@ -219,6 +239,11 @@ class NGT(nn.Module):
         it, what reads nodes alone does not.
       class_token: add a node of its own, joined to no one, that a readout can take instead of pooling.
       dropout: rate on the branches.
+      attention_out: map the heads' values once more before `node_lin`, without anything between the two.
+      pair_means: edge updates also read the mean over all pairs with the same source and over those with the same
+        target, as the learned optimizers of the paper do.
+      alignment: `"reference"` reads nodes and pairs as if the class token did not stand before them, so that each gets
+        what belongs to its neighbour, as the learned optimizers' PyTorch code does, which is then not equivariant.
       attention_rows: nodes whose attention is computed at a time, and again for the gradient; a few of them keep it in
         the cache of a CPU. `None` for all at once.
       memory_limit: most gigabytes that the activations of one graph and layer may take.
@@ -230,12 +255,16 @@ class NGT(nn.Module):
     attention_features: int = 128
     node_hidden: int = 128
     edge_hidden: int = 64
+    edge_mlp_hidden: int | None = None
     num_layers: int = 4
     num_heads: int = 8
     encoder: EncoderConfig = EncoderConfig(reverse_edges=False)
     modulate_values: bool = True
     last_edge_update: bool = True
     class_token: bool = False
+    attention_out: bool = True
+    pair_means: bool = False
+    alignment: Literal["corrected", "reference"] = "corrected"
     dropout: float = 0.0
     attention_rows: int | None = None
     memory_limit: float = 8.0
@@ -289,11 +318,14 @@ class NGT(nn.Module):
                 self.attention_features,
                 self.node_hidden,
                 self.edge_hidden,
+                self.edge_mlp_hidden or self.edge_hidden,
                 self.num_heads,
                 self.modulate_values,
                 update_edges=self.last_edge_update or i < self.num_layers - 1,
                 dropout=self.dropout,
                 attention_rows=self.attention_rows,
+                attention_out=self.attention_out,
+                pair_means=self.pair_means,
                 dtype=self.dtype,
                 name=f"layer_{i}",
             )
@@ -301,14 +333,16 @@ class NGT(nn.Module):
         updates: dict[str, Array] = {} if probes is None else {"probes": probes}
         if self.class_token:
             updates["token"] = nodes[..., 0, :]
-            nodes, pairs = nodes[..., 1:, :], pairs[..., 1:, 1:, :]
+            kept = slice(1, None) if self.alignment == "corrected" else slice(None, -1)
+            nodes, pairs = nodes[..., kept, :], pairs[..., kept, kept, :]
         updates["pairs"] = pairs
         forward = tuple(edge[..., None, :] for edge in topology.from_pairs(pairs))
         return topology.write(graph, topology.from_dense_nodes(nodes), forward, updates)
 
     def _check_memory(self, num_nodes: int) -> None:
         rows = min(num_nodes, self.attention_rows or num_nodes)
-        numbers = num_nodes * (3 * self.edge_hidden + 2 * self.edge_features) + rows * 4 * self.attention_features
+        hidden = 2 * self.edge_hidden + (self.edge_mlp_hidden or self.edge_hidden)
+        numbers = num_nodes * (hidden + 2 * self.edge_features) + rows * 4 * self.attention_features
         gigabytes = num_nodes * numbers * jnp.dtype(self.dtype).itemsize / 1e9
         if gigabytes > self.memory_limit:
             raise ValueError(

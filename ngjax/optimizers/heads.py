@@ -15,6 +15,7 @@ from ngjax.optimizers.features import NUM_FEATURES
 
 STEP_SCALE = 0.01
 MAGNITUDE_SCALE = 0.01
+SMALLEST_DIRECTION = 1e-10
 
 
 class Linear(NamedTuple):
@@ -26,6 +27,9 @@ class Linear(NamedTuple):
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         # One product with all leading axes: merged into one, those of sharded parameters would have to be gathered.
         return x @ self.kernel + self.bias
+
+    def astype(self, dtype: Any) -> Linear:
+        return Linear(self.kernel.astype(dtype), self.bias.astype(dtype))
 
 
 def uniform_within(bound: float) -> nn.initializers.Initializer:
@@ -78,16 +82,26 @@ def paper_step(head: Float[Array, "... 2"]) -> Float[Array, "..."]:
     return head[..., 0] * STEP_SCALE * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
 
 
+def normalized_step(head: Float[Array, "*s 2"]) -> Float[Array, "*s"]:
+    """The direction `s exp(0.01 m)` divided by its root mean square over the tensor; a learning rate sets its size."""
+    direction = head[..., 0] * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
+    mean_square = jnp.sum(direction**2) / max(1, direction.size)
+    # The maximum keeps the derivative of the root finite, and a tensor without a direction where it is.
+    return direction * jax.lax.rsqrt(jnp.maximum(mean_square, SMALLEST_DIRECTION**2))
+
+
 class UpdateHead(nn.Module):
     """The perceptron of `update_head`.
 
     Attributes:
       width: of the hidden layers.
       num_hidden: hidden layers.
+      dtype: of the computation; parameters and result are float32.
     """
 
     width: int
     num_hidden: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -97,4 +111,7 @@ class UpdateHead(nn.Module):
         inputs = NUM_FEATURES + (0 if backbone is None else backbone.shape[-1])
         widths = [inputs, *[self.width] * self.num_hidden, 2]
         layers = [LinearParams(widths[i], widths[i + 1], name=f"dense_{i}")() for i in range(self.num_hidden + 1)]
-        return update_head(layers, features, backbone)
+        layers = [layer.astype(self.dtype) for layer in layers]
+        if backbone is not None:
+            backbone = backbone.astype(self.dtype)
+        return update_head(layers, features.astype(self.dtype), backbone).astype(jnp.float32)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ngjax.chains import BIAS_NAMES, name_parts, natural_order
-from ngjax.spec import NeuralGraphSpec, Path, path_keys
+from ngjax.optimizers.parts import check_leaves
+from ngjax.spec import NeuralGraphSpec, Path
 
 
 def natural_layer_order(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> list[int]:
@@ -34,7 +35,7 @@ def spec_layer_order(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Seque
     Raises:
       ValueError: a leaf is no parameter of the spec, or of another shape. The spec may have more parameters.
     """
-    numbers = {path_keys(param.path): i for i, param in enumerate(spec.params)}
+    numbers = check_leaves(spec, paths, shapes)
     places: dict[int, tuple[int, int]] = {}
     for group in spec.edge_groups:
         if group.view is not None and not group.mirror:
@@ -44,14 +45,7 @@ def spec_layer_order(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Seque
             places.setdefault(nodes.bias.param, (nodes.level, 1))
 
     def place(i: int) -> tuple[int, int]:
-        name = "/".join(map(str, path_keys(paths[i]))) or "<root>"
-        number = numbers.get(path_keys(paths[i]))
-        if number is None:
-            raise ValueError(f"parameter {name} {shapes[i]} is not part of the spec")
-        expected = spec.params[number].shape
-        if expected != shapes[i]:
-            raise ValueError(f"parameter {name}: the spec expects shape {expected}, received {shapes[i]}")
-        return places.get(number, (spec.max_level + 1, 0))
+        return places.get(numbers[i], (spec.max_level + 1, 0))
 
     # Stable, so that what is at one place keeps its natural order.
     return sorted(natural_layer_order(paths, shapes), key=place)

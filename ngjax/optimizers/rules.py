@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,15 +25,17 @@ class FFRule(nn.Module):
     Attributes:
       width: of the hidden layers.
       num_hidden: hidden layers.
+      dtype: of the computation.
     """
 
     width: int = 64
     num_hidden: int = 2
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
         """`[*shape, 14]` to `[*shape, 2]` for every tensor."""
-        head = UpdateHead(self.width, self.num_hidden, name="head")
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, name="head")
         return tuple(head(f) for f in features)
 
 
@@ -62,7 +64,7 @@ def lstm_over(cell: LSTMCell, inputs: Float[Array, "T in"]) -> Float[Array, "T h
 
 def tensor_summary(first: Linear, second: Linear, features: Float[Array, "*s 14"]) -> Float[Array, " h"]:
     """The mean over the scalars of a tensor of `second(relu(first(features)))`; of none, `second(0)`."""
-    hidden = nn.relu(first(features))
+    hidden = nn.relu(first(features)).astype(second.kernel.dtype)
     # The second map is linear, so the mean may come before it, which leaves one vector to map.
     scalars = tuple(range(hidden.ndim - 1))
     return second(jnp.sum(hidden, axis=scalars) / max(1, math.prod(hidden.shape[:-1])))
@@ -77,10 +79,12 @@ class LSTMRule(nn.Module):
     Attributes:
       width: of the LSTM and of the hidden layers of the head.
       num_hidden: hidden layers of the head.
+      dtype: of the computation on scalars; the recurrence is in float32.
     """
 
     width: int = 32
     num_hidden: int = 1
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
@@ -93,12 +97,7 @@ class LSTMRule(nn.Module):
             self.param("hidden_kernel", init, (self.width, 4 * self.width), jnp.float32),
             self.param("bias", init, (4 * self.width,), jnp.float32),
         )
-        states = lstm_over(cell, jnp.stack([tensor_summary(first, second, f) for f in features]))
-        head = UpdateHead(self.width, self.num_hidden, name="head")
+        summaries = [tensor_summary(first.astype(self.dtype), second, f.astype(self.dtype)) for f in features]
+        states = lstm_over(cell, jnp.stack(summaries))
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, name="head")
         return tuple(head(f, states[i]) for i, f in enumerate(features))
-
-
-Rule = FFRule | LSTMRule
-
-RULES: dict[str, Rule] = {"ff": FFRule(), "lstm": LSTMRule()}
-"""The rules by name, in the sizes of the paper."""

@@ -126,7 +126,7 @@ def refuses(match, run, error=ValueError):
         ((2, 2, 3), "uses 3 output positions, more than max_outputs=2"),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"positions": False, "num_probes": 2}])
+@pytest.mark.parametrize("options", [{}, {"positions": "none", "num_probes": 2}])
 def test_networks_larger_than_the_tables_are_refused(sizes, match, options):
     spec = siren_spec(sizes)
     model = gnn(encoder=ENCODER.__class__(**{**vars(ENCODER), **options}))

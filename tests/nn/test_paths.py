@@ -27,7 +27,7 @@ MODELS = {
         ParamsReadout(features=2, statistics=STATISTICS),
     ),
     "gnn, bare": TwoHeads(
-        gnn(encoder=encoder(reverse_edges=False, positions=False, zero_biases=True), norm_scope="batch"),
+        gnn(encoder=encoder(reverse_edges=False, positions="none", zero_biases=True), norm_scope="batch"),
         GraphReadout(features=3, hidden=8, pooling="mean_edge", layer_norm=False, num_hidden=1),
         ParamsReadout(output_scale=None),
     ),
@@ -38,7 +38,7 @@ MODELS = {
     ),
     "ngt, bare": TwoHeads(
         ngt(
-            encoder=encoder(reverse_edges=False, positions=False, zero_weights=True),
+            encoder=encoder(reverse_edges=False, positions="none", zero_weights=True),
             modulate_values=False,
             last_edge_update=False,
         ),

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from ngjax.optimizers import heads, init_meta_params, rules
-from tests.optimizers.small import RULES, meta_params
+from ngjax.optimizers.parts import list_spec
+from tests.optimizers.small import RULES, SPEC, meta_params
 
 
 @pytest.mark.parametrize(
@@ -58,12 +59,18 @@ def test_lstm_is_that_of_flax():
 @pytest.mark.parametrize("name", RULES)
 def test_meta_gradients_are_finite(name):
     rng = np.random.default_rng(1)
-    features = tuple(rng.standard_normal((*shape, 14), np.float32) for shape in ((4, 3), (0,), (2,)))
+    paths, shapes = zip(*((param.path, param.shape) for param in SPEC.params), strict=True)
+    network, *others = (
+        tuple(rng.standard_normal((*shape, 14), np.float32) for shape in shapes)
+        for shapes in (shapes, ((4, 3), (0,), (2,)))
+    )
 
     @jax.jit
     @jax.grad
-    def gradient(theta, features):
-        return sum(jnp.sum(heads.paper_step(head)) for head in RULES[name].apply({"params": theta}, features))
+    def gradient(theta, network, others):
+        specs = ((list_spec(SPEC, paths, shapes),), (None,)) if name.startswith("ng-") else ((), ())
+        results = (RULES[name].apply({"params": theta}, f, *s) for f, s in zip((network, others), specs, strict=True))
+        return sum(jnp.sum(heads.paper_step(head)) for result in results for head in result)
 
-    gradients = gradient(meta_params(name), features)
+    gradients = gradient(meta_params(name), network, *others)
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))

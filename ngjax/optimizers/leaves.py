@@ -1,0 +1,64 @@
+"""The leaves of a tree with their paths, and what is said of trees that do not fit."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from ngjax.spec import Path, flatten_with_path, format_path, path_keys
+
+
+class Leaves(NamedTuple):
+    """The leaves of a tree, as arrays, and what messages call them."""
+
+    what: str
+    paths: list[Path]
+    arrays: list[Array]
+    treedef: jax.tree_util.PyTreeDef
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(array.shape) for array in self.arrays]
+
+    def shape_by_path(self) -> dict[tuple[Any, ...], tuple[int, ...]]:
+        return dict(zip(map(path_keys, self.paths), self.shapes, strict=True))
+
+
+def read_leaves(what: str, tree: PyTree) -> Leaves:
+    """The leaves of a tree of `what` (gradients, parameters).
+
+    Raises:
+      TypeError: a leaf that is no real floating array.
+    """
+    pairs, treedef = flatten_with_path(tree)
+    for path, leaf in pairs:
+        dtype = getattr(leaf, "dtype", None)
+        if not hasattr(leaf, "shape") or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            received = type(leaf).__name__ if dtype is None else f"{dtype}{list(leaf.shape)}"
+            raise TypeError(
+                f"{what} {format_path(path)}: expected a real floating array, received {received}; "
+                "optax.masked leaves it out"
+            )
+    return Leaves(what, [path for path, _ in pairs], [jnp.asarray(leaf) for _, leaf in pairs], treedef)
+
+
+def check_same(expected: Leaves, received: Leaves) -> None:
+    """Raises where leaves are not at the places and of the shapes that `init` saw."""
+    wanted, came = expected.shape_by_path(), received.shape_by_path()
+    for path in [*wanted, *came]:
+        if wanted.get(path) != came.get(path):
+            raise ValueError(
+                f"{received.what} {'/'.join(map(str, path)) or '<root>'}: expected {_shape_text(wanted.get(path))}, "
+                f"as init saw it, received {_shape_text(came.get(path))}"
+            )
+    if list(wanted) != list(came):
+        raise ValueError(
+            f"{received.what}s: expected the containers that init saw, {expected.treedef}, received {received.treedef}"
+        )
+
+
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+    return "no such leaf" if shape is None else f"shape {shape}"

@@ -1,0 +1,76 @@
+"""The rules by name: the sizes that the library meta-trains, and those of the paper."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+from ngjax.nn import NGGNN, NGT, EncoderConfig
+from ngjax.optimizers.graph_rules import GraphRule
+from ngjax.optimizers.rules import FFRule, LSTMRule
+
+Rule = FFRule | LSTMRule | GraphRule
+
+KERNEL_RANGE = (1, 5, 5)
+
+
+def ng_gnn_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
+    """A `GraphRule` on NG-GNN that reads networks of any size and depth."""
+    encoder = EncoderConfig(positions="depth", kernel_range=KERNEL_RANGE)
+    return GraphRule(NGGNN(width, num_layers, encoder), width, num_hidden)
+
+
+def ng_t_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
+    """A `GraphRule` on NG-T that reads networks of any depth and some hundred neurons."""
+    backbone = NGT(
+        node_features=width,
+        edge_features=width,
+        attention_features=width,
+        node_hidden=2 * width,
+        edge_hidden=width,
+        edge_mlp_hidden=2 * width,
+        num_layers=num_layers,
+        num_heads=4,
+        encoder=EncoderConfig(reverse_edges=False, positions="depth", kernel_range=KERNEL_RANGE),
+        class_token=True,
+        attention_out=False,
+        pair_means=True,
+    )
+    return GraphRule(backbone, width, num_hidden, readout_hidden=2, shared_readout=True)
+
+
+RULES: dict[str, Rule] = {
+    "ff": FFRule(),
+    "lstm": LSTMRule(),
+    "ng-gnn": ng_gnn_rule(32, num_layers=2, num_hidden=2),
+    "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
+}
+"""Rules in the sizes that weights are shipped for."""
+
+PAPER_RULES: dict[str, Rule] = {
+    "ff": FFRule(),
+    "lstm": LSTMRule(),
+    "ng-gnn": ng_gnn_rule(64, num_layers=8, num_hidden=8),
+    "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
+}
+"""Rules in the sizes of Kofinas et al. (2024), appendix, with positions that carry over between networks."""
+
+
+def find_rule(rule: str | Rule) -> Rule:
+    """The rule of that name in `RULES`, or the rule itself.
+
+    Raises:
+      ValueError: an unknown name, or no rule.
+    """
+    if isinstance(rule, typing.get_args(Rule)):
+        return rule  # type: ignore[return-value]
+    if not isinstance(rule, str) or rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; known are {', '.join(RULES)}")
+    return RULES[rule]
+
+
+def in_dtype(rule: Rule, dtype: Any) -> Rule:
+    """The same rule computing in another dtype; meta-parameters, features and results stay float32."""
+    if isinstance(rule, GraphRule):
+        return rule.clone(dtype=dtype, backbone=rule.backbone.clone(dtype=dtype))
+    return rule.clone(dtype=dtype)

@@ -1,0 +1,96 @@
+"""The spec of a list of leaves: those that an optimizer sees of a network, in the order it sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ngjax.chains import infer_spec
+from ngjax.spec import NeuralGraphSpec, ParamSpec, ParamView, Path, PathKey, path_keys
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def check_leaves(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """The number in the spec of each leaf.
+
+    Raises:
+      ValueError: a leaf is no floating parameter of the spec, or of another shape. The spec may have more parameters.
+    """
+    numbers = {path_keys(param.path): i for i, param in enumerate(spec.params) if param.is_floating}
+    found = []
+    for path, shape in zip(paths, shapes, strict=True):
+        name = "/".join(map(str, path_keys(path))) or "<root>"
+        number = numbers.get(path_keys(path))
+        if number is None:
+            raise ValueError(f"parameter {name} {shape} is not part of the spec")
+        expected = spec.params[number].shape
+        if expected != shape:
+            raise ValueError(f"parameter {name}: the spec expects shape {expected}, received {shape}")
+        found.append(number)
+    return found
+
+
+# The constructor of a spec checks it, which takes a while for a large one; an optimizer asks in every step.
+@functools.lru_cache(maxsize=64)
+def list_spec(spec: NeuralGraphSpec, paths: tuple[Path, ...], shapes: Shapes) -> NeuralGraphSpec:
+    """The spec of the list of these leaves, in this order, without the edges and biases of other parameters.
+
+    Raises:
+      ValueError: a leaf is no floating parameter of the spec, or of another shape.
+    """
+    place = {number: i for i, number in enumerate(check_leaves(spec, paths, shapes))}
+
+    def moved(view: ParamView | None) -> ParamView | None:
+        return view._replace(param=place[view.param]) if view is not None and view.param in place else None
+
+    params = [
+        ParamSpec((PathKey("list", i),), spec.params[number].shape, "float32", spec.params[number].axes)
+        for number, i in place.items()
+    ]
+    loose = [view for view in map(moved, spec.loose) if view is not None]
+    return dataclasses.replace(
+        spec,
+        params=tuple(params),
+        node_groups=tuple(group._replace(bias=moved(group.bias)) for group in spec.node_groups),
+        edge_groups=tuple(
+            group._replace(view=moved(group.view))
+            for group in spec.edge_groups
+            if group.view is None or group.view.param in place
+        ),
+        loose=tuple(sorted(loose, key=lambda view: view.param)),
+        treedef=None,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def inferred_spec(paths: tuple[Path, ...], shapes: Shapes) -> NeuralGraphSpec | None:
+    """The spec of the list of these leaves, as `infer_spec` reads it off names and shapes, or `None` with a warning."""
+    tree: dict[str, jax.ShapeDtypeStruct] = {
+        "/".join(map(str, path_keys(path))): jax.ShapeDtypeStruct(shape, jnp.float32)
+        for path, shape in zip(paths, shapes, strict=True)
+    }
+    if not tree:
+        return None
+    try:
+        spec = infer_spec(tree)
+    except ValueError as error:
+        warnings.warn(
+            f"no graph could be inferred from names and shapes, so {_count(shapes):,} parameters are "
+            "updated one by one, without what their neighbours know; pass "
+            f"ng_learned_opt(..., spec=ngjax.trace_spec(apply_fn, params, *inputs)). The reason: {error}",
+            stacklevel=2,
+        )
+        return None
+    names = tuple((PathKey("dict", name),) for name in tree)
+    return list_spec(spec, names, shapes)
+
+
+def _count(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes)

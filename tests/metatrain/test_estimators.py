@@ -71,7 +71,7 @@ def test_pes_by_hand():
     unroll_by = jax.jit(lambda theta, run: unroll(TRAINER, theta, run, DATA, length))
     for step in range(3):
         before = member.noise
-        member, gradient, metrics = estimate( theta, member, jax.random.key(step), DATA)
+        member, gradient, metrics = estimate(theta, member, jax.random.key(step), DATA)
         noise = jax.tree.map(jnp.subtract, member.noise, before)
         assert 0 < abs(noise["decay"]) < 5 * deviation
         total = jax.tree.map(jnp.add, total, noise)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from ngjax.metatrain.optimizers import LearnedOptimizer
 from ngjax.metatrain.tasks import find_task, load_task_data, rescale, sample_batch

@@ -9,7 +9,9 @@ from ngjax.metatrain.tasks import (
     epoch_rows,
     find_task,
     load_task_data,
+    rescale,
     sample_batch,
+    unscale,
 )
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "epoch_rows",
     "find_task",
     "load_task_data",
+    "rescale",
     "sample_batch",
+    "unscale",
 ]

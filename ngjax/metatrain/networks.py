@@ -8,14 +8,15 @@ embeddings standard normal, norms with scale 1 and bias 0.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
 from ngjax.chains import infer_spec, mlp_spec
 from ngjax.nn.activations import activation_function
@@ -46,10 +47,10 @@ class ConvNet:
         return _init_layers(key, shapes | {"dense_0": (self.channels[-1], self.classes)})
 
     def apply(self, params: Params, images: Float[Array, "B H W C"]) -> Float[Array, "B classes"]:
-        x = images
+        x = images.transpose(3, 1, 2, 0)
         for i in range(len(self.channels) - 1):
             x = jax.nn.relu(conv_3x3(params[f"conv_{i}"], x, stride=2 if i == 0 else 1, padding=0 if i == 0 else 1))
-        return dense(params["dense_0"], x.mean((1, 2)))
+        return dense(params["dense_0"], x.mean((1, 2)).T)
 
     def spec(self) -> NeuralGraphSpec:
         # By names and shapes: the matrix products that `conv_3x3` is made of do not look like a convolution.
@@ -57,19 +58,23 @@ class ConvNet:
 
 
 def conv_3x3(
-    layer: Mapping[str, Array], x: Float[Array, "B H W C"], *, stride: int, padding: int
-) -> Float[Array, "B h w D"]:
+    layer: Mapping[str, Array], x: Float[Array, "C H W B"], *, stride: int, padding: int
+) -> Float[Array, "D h w B"]:
     """A convolution as a matrix product with the patches of the images.
 
-    XLA's convolutions on CPU are slow, above all the gradients, and more so under `vmap` over kernels.
+    XLA's convolutions on CPU are slow, above all the gradients, and more so under `vmap` over kernels. With the images
+    along the last axis, a patch is copied in runs that are long and contiguous.
     """
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows, columns = (range(tap, size - 2 + tap, stride) for tap in (0,) for size in x.shape[1:3])
+    height, width = ((size - 3) // stride + 1 for size in x.shape[1:3])
     patches = [
-        x[:, i : i + rows[-1] + 1 : stride, j : j + columns[-1] + 1 : stride] for i in range(3) for j in range(3)
+        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        for i in range(3)
+        for j in range(3)
     ]
     kernel = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
-    return jnp.concatenate(patches, -1) @ kernel + layer["bias"]
+    out = kernel.T @ jnp.concatenate(patches).reshape(len(kernel), -1)
+    return out.reshape(-1, height, width, x.shape[-1]) + layer["bias"][:, None, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +88,9 @@ class MLP:
 
     sizes: tuple[int, ...]
     activation: str
+
+    def __post_init__(self) -> None:
+        activation_function(self.activation)  # an unknown one is refused here
 
     def init(self, key: PRNGKeyArray) -> Params:
         return _init_layers(key, {f"layer_{i}": ends for i, ends in enumerate(itertools.pairwise(self.sizes))})
@@ -122,10 +130,11 @@ class Transformer:
     layers: int
 
     def init(self, key: PRNGKeyArray) -> Params:
-        token_key, position_key, head_key, *block_keys = jax.random.split(key, 3 + self.layers)
+        embedding_key, head_key, *block_keys = jax.random.split(key, 2 + self.layers)
+        embeddings = jax.random.normal(embedding_key, (self.vocabulary + self.context, self.width))
         return {
-            "token": jax.random.normal(token_key, (self.vocabulary, self.width)),
-            "position": jax.random.normal(position_key, (self.context, self.width)),
+            "token": embeddings[: self.vocabulary],
+            "position": embeddings[self.vocabulary :],
             "norm": self._init_norm(),
             **_init_layers(head_key, {"head": (self.width, self.vocabulary)}),
             **{f"block_{i}": self._init_block(block_key) for i, block_key in enumerate(block_keys)},
@@ -143,7 +152,7 @@ class Transformer:
     def _init_norm(self) -> Params:
         return {"scale": jnp.ones(self.width), "bias": jnp.zeros(self.width)}
 
-    def apply(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def apply(self, params: Params, tokens: Integer[Array, "B T"]) -> Float[Array, "B T V"]:
         x = params["token"][tokens.astype(jnp.int32)] + params["position"][: tokens.shape[1]]
         for i in range(self.layers):
             block = params[f"block_{i}"]
@@ -179,14 +188,15 @@ def dense(layer: Mapping[str, Array], x: Float[Array, "*B in"]) -> Float[Array, 
 
 def _init_layers(key: PRNGKeyArray, shapes: Mapping[str, tuple[int, ...]]) -> Params:
     """Kernels of these shapes, `[..., in, out]`, and biases, as PyTorch draws them."""
-    params = {}
-    for (name, shape), layer_key in zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True):
-        kernel_key, bias_key = jax.random.split(layer_key)
+    # One draw for all: each takes its time to compile.
+    draw = jax.random.uniform(key, (sum(math.prod(s) + s[-1] for s in shapes.values()),), minval=-1.0, maxval=1.0)
+    params, start = {}, 0
+    for name, shape in shapes.items():
+        middle = start + math.prod(shape)
+        end = middle + shape[-1]
         bound = 1 / math.sqrt(math.prod(shape[:-1]))
-        params[name] = {
-            "kernel": jax.random.uniform(kernel_key, shape, minval=-bound, maxval=bound),
-            "bias": jax.random.uniform(bias_key, shape[-1:], minval=-bound, maxval=bound),
-        }
+        params[name] = {"kernel": bound * draw[start:middle].reshape(shape), "bias": bound * draw[middle:end]}
+        start = end
     return params
 
 
@@ -195,3 +205,50 @@ Network: TypeAlias = ConvNet | MLP | Transformer
 
 def _abstract_params(network: Network) -> Params:
     return jax.eval_shape(network.init, jax.random.key(0))
+
+
+# -- in chunks ---------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def mean_over_chunks(
+    function: Callable[[PyTree, PyTree], Float[Array, ""]], size: int, params: PyTree, batch: PyTree
+) -> Float[Array, ""]:
+    """The mean of `function(params, chunk)` over chunks of a batch, one after the other; each takes its own gradient.
+
+    What a chunk needs for its gradient then stays in the cache of a core. It can be differentiated with respect to the
+    parameters alone, in reverse mode first (`jax.grad`, not `jax.jvp`); gradients can be differentiated further.
+
+    Args:
+      function: a mean over the examples of a chunk.
+      size: examples in a chunk at most. All chunks are equal: it is the largest divisor of the batch's size up to this.
+      params: what gradients are taken with respect to.
+      batch: arrays with the examples along their first axis.
+    """
+    return jax.lax.map(lambda chunk: function(params, chunk), _chunks(size, batch)).mean()
+
+
+def _mean_forward(
+    function: Callable[[PyTree, PyTree], Float[Array, ""]], size: int, params: PyTree, batch: PyTree
+) -> tuple[Float[Array, ""], PyTree]:
+    chunks = _chunks(size, batch)
+    share = 1 / len(jax.tree.leaves(chunks)[0])
+
+    def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(lambda a, b: a + share * b, total, jax.value_and_grad(function)(params, chunk)), None
+
+    start = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+    return jax.lax.scan(add, start, chunks)[0]
+
+
+def _mean_backward(function: Any, size: int, gradient: PyTree, cotangent: Array) -> tuple[PyTree, None]:
+    return jax.tree.map(lambda leaf: cotangent * leaf, gradient), None
+
+
+mean_over_chunks.defvjp(_mean_forward, _mean_backward)
+
+
+def _chunks(size: int, batch: PyTree) -> PyTree:
+    rows = len(jax.tree.leaves(batch)[0])
+    size = max(n for n in range(1, min(size, rows) + 1) if rows % n == 0)
+    return jax.tree.map(lambda leaf: leaf.reshape(rows // size, size, *leaf.shape[1:]), batch)

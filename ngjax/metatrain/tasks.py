@@ -16,14 +16,15 @@ import os
 import pathlib
 import re
 import sysconfig
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt8
 
-from ngjax.metatrain.networks import MLP, ConvNet, Network, Params, Transformer
+from ngjax.metatrain.networks import MLP, ConvNet, Network, Params, Transformer, mean_over_chunks
 from ngjax.spec import NeuralGraphSpec
 from ngjax.zoo.images import IMAGE_SETS, load_images
 
@@ -199,26 +200,49 @@ class Task:
 
     def apply(self, params: Params, inputs: Shaped[Array, "B ..."]) -> Float[Array, "B ... classes"]:
         """Logits of inputs as they are in a `Batch`."""
+        return self.network.apply(params, self.normalized(inputs))
+
+    def normalized(self, inputs: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+        """What the network reads: float32 images of about unit variance, or the tokens themselves."""
         if self.data not in _PIXELS:
-            return self.network.apply(params, inputs)
+            return inputs
         pixels = _PIXELS[self.data]
-        scaled = inputs.astype(jnp.float32) / pixels.full
         mean, deviation = (jnp.asarray(x, jnp.float32) for x in (pixels.mean, pixels.deviation))
-        return self.network.apply(params, (scaled - mean) / deviation)
+        return (inputs.astype(jnp.float32) / pixels.full - mean) / deviation
 
     def loss(self, params: Params, batch: Batch) -> Float[Array, ""]:
-        """The mean cross entropy, in nats."""
-        log_shares = jax.nn.log_softmax(self.apply(params, batch.inputs))
-        return -jnp.take_along_axis(log_shares, batch.labels[..., None], axis=-1).mean()
+        """The mean cross entropy, in nats. That of a ConvNet has no forward-mode derivative, see `mean_over_chunks`."""
+        return self._mean(_cross_entropy, params, batch)
 
     def accuracy(self, params: Params, batch: Batch) -> Float[Array, ""]:
         """The share of right answers."""
-        answers = jnp.argmax(self.apply(params, batch.inputs), axis=-1)
-        return (answers == batch.labels).astype(jnp.float32).mean()
+        return self._mean(_share_right, params, batch)
+
+    def _mean(self, measure: _Measure, params: Params, batch: Batch) -> Float[Array, ""]:
+        def of_logits(params: Params, batch: Batch) -> Float[Array, ""]:
+            return measure(self.apply(params, batch.inputs), batch.labels)
+
+        if isinstance(self.network, ConvNet):
+            return mean_over_chunks(of_logits, _CHUNK, params, batch)
+        return of_logits(params, batch)
 
     def spec(self) -> NeuralGraphSpec:
         """Of the parameters."""
         return _spec(self.network)
+
+
+_Measure: TypeAlias = Callable[[Float[Array, "*B classes"], Int[Array, "*B"]], Float[Array, ""]]
+
+# Images whose patches fit about into the second-level cache of a core.
+_CHUNK = 16
+
+
+def _cross_entropy(logits: Float[Array, "*B classes"], labels: Int[Array, "*B"]) -> Float[Array, ""]:
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1).mean()
+
+
+def _share_right(logits: Float[Array, "*B classes"], labels: Int[Array, "*B"]) -> Float[Array, ""]:
+    return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32).mean()
 
 
 @functools.cache
@@ -238,7 +262,7 @@ def find_task(name: str) -> Task:
     the one over characters.
 
     Raises:
-      ValueError: a name that is not made this way.
+      ValueError: a name that is not made this way, or with an unknown activation.
     """
     if name == "stdlib-transformer":
         return Task(name, _TEXT, Transformer(len(CHARACTERS), CONTEXT, width=64, heads=4, layers=2), batch_size=32)
@@ -256,15 +280,29 @@ def find_task(name: str) -> Task:
     return Task(name, _SHORT[data], MLP((height * width * channels, *hidden, _CLASSES), activation))
 
 
-_NAMES = [
-    "fashion-cnn-16-32-32",
-    "cifar-cnn-32-64-64",
+def _sweeps(data: str, width: int) -> list[str]:
+    """Names of convnets of all widths, and of those with one to five convolutions at one width."""
+    widths = [(w // 2, w, w) for w in (8, 16, 32, 64, 128)]
+    depths = [(width // 2, *(width,) * more) for more in range(5)]
+    return [f"{data}-cnn-{'-'.join(map(str, channels))}" for channels in (*widths, *depths)]
+
+
+_MLPS = [
     "digits-mlp-32-relu",
-    "stdlib-transformer",
+    "digits-mlp-32-32-tanh",
+    "digits-mlp-64-32-gelu",
+    "digits-mlp-32-32-32-silu",
+    "mnist-mlp-32-relu",
+    "mnist-mlp-64-64-silu",
+    "fashion-mlp-32-32-tanh",
+    "fashion-mlp-128-relu",
 ]
 
-TASKS: dict[str, Task] = {name: find_task(name) for name in _NAMES}
-"""Tasks by name. `find_task` makes others."""
+TASKS: dict[str, Task] = {
+    name: find_task(name)
+    for name in ("stdlib-transformer", *_MLPS, *_sweeps("fashion", width=32), *_sweeps("cifar", width=64))
+}
+"""The tasks of the paper (`fashion-cnn-16-32-32`, `cifar-cnn-32-64-64`) and others by name. `find_task` makes more."""
 
 
 # -- random reparametrizations -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 
-from ngjax.metatrain.evaluate import Outcome, evaluate
+from ngjax.metatrain.evaluation import Outcome, evaluate
 from ngjax.metatrain.unroll import RunSettings, Trainer
 from tests.metatrain import quadratic
 

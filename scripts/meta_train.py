@@ -39,13 +39,13 @@ from ngjax import train
 from ngjax.files import write_atomically
 from ngjax.machine import available_cores, describe_machine
 from ngjax.metatrain.estimators import PES, Estimator, OneStep, PaperScheme
-from ngjax.metatrain.evaluate import Outcome, evaluate
+from ngjax.metatrain.evaluation import Outcome, evaluate
 from ngjax.metatrain.loop import meta_train, paper_optimizer
 from ngjax.metatrain.meta_file import save_meta_params
 from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import find_task, load_task_data
 from ngjax.metatrain.unroll import RunSettings, Trainer
-from ngjax.optimizers import init_meta_params
+from ngjax.optimizers import PAPER_RULES, RULES, init_meta_params
 from ngjax.report import markdown_table, save_figure
 
 MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "test_steps", "test_seeds", "distributed")
@@ -67,8 +67,9 @@ class Config:
     """Folder of the run. Any scheme."""
     tasks: tuple[str, ...]
     """Names of the tasks, see `find_task`; the outer steps take them in turn. Any scheme."""
-    rule: str = "ff"
-    """What the optimizer computes its updates with. Any scheme."""
+    rule: Literal["ff", "lstm", "ng-gnn", "ng-t"] = "ff"
+    """What the optimizer computes its updates with; in the sizes of `PAPER_RULES` if so is the scheme, else of `RULES`.
+    Any scheme."""
     scheme: Literal["fresh", "paper"] = "fresh"
     """How the loss of the meta-parameters is made up."""
     estimator: Literal["one-step", "pes"] = "one-step"
@@ -132,7 +133,9 @@ def main(config: Config) -> dict[str, Any]:
     check_settings(out / "settings.json", {k: v for k, v in settings.items() if k not in MAY_CHANGE})
     data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
     run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
-    maker = LearnedOptimizer(config.rule, "paper" if config.scheme == "paper" else "normalized")
+    is_paper = config.scheme == "paper"
+    rule = (PAPER_RULES if is_paper else RULES)[config.rule]
+    maker = LearnedOptimizer(rule, "paper" if is_paper else "normalized")
     trainers = [Trainer(task, maker, run_settings) for task in tasks]
     init_key, run_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
     say(f"{config.rule}, scheme {config.scheme}, {config.outer_steps:,} outer steps on {', '.join(config.tasks)}")
@@ -140,7 +143,7 @@ def main(config: Config) -> dict[str, Any]:
     result = meta_train(
         trainers,
         data,
-        init_meta_params(init_key, config.rule),
+        init_meta_params(init_key, rule),
         estimator=make_estimator(config),
         optimizer=make_outer_optimizer(config),
         num_steps=config.outer_steps,
@@ -222,11 +225,11 @@ def compare(
     for number, trainer in enumerate(trainers):
         name = trainer.task.name
         makers = {
-            config.rule: (trainer.make_optimizer, np.geomspace(*config.peak_rates, 5)),
-            "adam": (adam, np.geomspace(*ADAM_RATES, 6)),
+            config.rule: (trainer.make_optimizer, np.geomspace(*config.peak_rates, 5).tolist()),
+            "adam": (adam, np.geomspace(*ADAM_RATES, 6).tolist()),
         }
         if config.scheme == "paper":
-            makers[config.rule] = trainer.make_optimizer, np.ones(1)
+            makers[config.rule] = trainer.make_optimizer, [1.0]
         table[name] = {}
         for title, (maker, rates) in makers.items():
             begin = time.perf_counter()
@@ -240,13 +243,12 @@ def compare(
                 num_seeds=config.test_seeds,
             )
             table[name][title] = numbers_of(outcome, rates)
-            say(
-                f"{name}: tested {title} in {time.perf_counter() - begin:.0f} s, {len(trainers) - number - 1} tasks more"
-            )
+            seconds, left = time.perf_counter() - begin, len(trainers) - number - 1
+            say(f"{name}: tested {title} in {seconds:.0f} s, {left} tasks more")
     return table
 
 
-def numbers_of(outcome: Outcome, rates: np.ndarray) -> dict[str, Any]:
+def numbers_of(outcome: Outcome, rates: list[float]) -> dict[str, Any]:
     """Of the best peak rate; and of all, so that one can see how much it matters."""
     best = outcome.best()
 
@@ -254,12 +256,12 @@ def numbers_of(outcome: Outcome, rates: np.ndarray) -> dict[str, Any]:
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
     return {
-        "peak_rate": float(rates[best]),
+        "peak_rate": rates[best],
         "test_loss": float(outcome.test_loss[best].mean()),
         "test_loss_deviation": spread(outcome.test_loss[best]),
         "test_accuracy": float(outcome.test_accuracy[best].mean()),
         "test_accuracy_deviation": spread(outcome.test_accuracy[best]),
-        "peak_rates": rates.tolist(),
+        "peak_rates": rates,
         "test_losses": np.nan_to_num(outcome.test_loss.mean(axis=1), nan=np.inf).clip(max=1e30).tolist(),
     }
 

@@ -1,5 +1,10 @@
-"""Meta-training of learned optimizers: the tasks that they are trained on."""
+"""Meta-training of learned optimizers: tasks, runs on them, and estimates of what meta-parameters should become."""
 
+from ngjax.metatrain.estimators import PES, Estimate, Estimator, OneStep, PaperScheme
+from ngjax.metatrain.evaluation import Outcome, evaluate
+from ngjax.metatrain.loop import MetaResult, meta_train, paper_optimizer
+from ngjax.metatrain.meta_file import MetaFile, load_meta_params, save_meta_params
+from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import (
     TASKS,
     Batch,
@@ -13,17 +18,37 @@ from ngjax.metatrain.tasks import (
     sample_batch,
     unscale,
 )
+from ngjax.metatrain.unroll import OptimizerMaker, Run, RunSettings, Trainer
 
 __all__ = [
+    "PES",
     "TASKS",
     "Batch",
+    "Estimate",
+    "Estimator",
+    "LearnedOptimizer",
+    "MetaFile",
+    "MetaResult",
+    "OneStep",
+    "OptimizerMaker",
+    "Outcome",
+    "PaperScheme",
+    "Run",
+    "RunSettings",
     "Task",
     "TaskData",
+    "Trainer",
+    "adam",
     "draw_scales",
     "epoch_rows",
+    "evaluate",
     "find_task",
+    "load_meta_params",
     "load_task_data",
+    "meta_train",
+    "paper_optimizer",
     "rescale",
     "sample_batch",
+    "save_meta_params",
     "unscale",
 ]

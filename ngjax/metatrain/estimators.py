@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Estimate(NamedTuple):
     metrics: dict[str, Float[Array, ""]]
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """A way to estimate meta-gradients; static, so hashable."""
 

@@ -63,6 +63,11 @@ class _Saved(NamedTuple):
     key: PRNGKeyArray
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("trainer", "estimator", "optimizer", "mesh", "runs_at_once"),
+    donate_argnames=("state", "pool"),
+)
 def outer_step(
     state: MetaState,
     pool: Any,
@@ -75,18 +80,18 @@ def outer_step(
     mesh: Mesh,
     runs_at_once: int,
 ) -> tuple[MetaState, Any, dict[str, Float[Array, ""]]]:
-    """One update of the meta-parameters, from all runs of one task.
+    """One update of the meta-parameters, from all runs of one task. Compiled once for each set of static arguments.
 
     Args:
-      state: before the step.
-      pool: the estimator's members, leaves `[runs, ...]`, shared out over the devices of the mesh.
+      state: before the step; donated.
+      pool: donated; the estimator's members, leaves `[runs, ...]`, shared out over the devices of the mesh.
       key: of the whole run; that of the step is folded from it.
       data: of the task.
       trainer: task, optimizer and settings of its runs; static.
       estimator: of the gradient; static.
-      optimizer: of the meta-parameters.
-      mesh: made by `ngjax.train.data_mesh`.
-      runs_at_once: runs that a device computes side by side; the others of its share follow.
+      optimizer: of the meta-parameters; static.
+      mesh: made by `ngjax.train.data_mesh`; static.
+      runs_at_once: runs that a device computes side by side; the others of its share follow. Static.
 
     Returns:
       The state and the pool after the step, and the estimator's metrics, averaged over the runs, with `grad_norm`.
@@ -114,7 +119,9 @@ def outer_step(
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.theta)
     theta = optax.apply_updates(state.theta, updates)
-    return MetaState(state.step + 1, theta, opt_state), pool, {**metrics, "grad_norm": optax.tree.norm(gradient)}
+    # Left to itself, XLA may shard it, and the next step would compile again.
+    new = jax.lax.with_sharding_constraint(MetaState(state.step + 1, theta, opt_state), NamedSharding(mesh, everywhere))
+    return new, pool, {**metrics, "grad_norm": optax.tree.norm(gradient)}
 
 
 def meta_train(
@@ -172,35 +179,12 @@ def meta_train(
         raise ValueError(f"runs={runs}: expected a multiple of {mesh.size}, the number of devices")
     if runs_at_once is None:
         runs_at_once = 1 if mesh.devices.flat[0].platform == "cpu" else runs // mesh.size
-    everywhere, shared = NamedSharding(mesh, jax.P()), NamedSharding(mesh, jax.P(train.DATA_AXIS))
     data = {name: train.replicate(value, mesh) for name, value in data.items()}
 
-    def fresh(theta: PyTree, key: PRNGKeyArray, data: Mapping[str, TaskData]) -> _Saved:
-        def pool(number: int, trainer: Trainer) -> Any:
-            keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, _START), number), runs)
-            return jax.vmap(lambda key: estimator.start(trainer, theta, key, data[trainer.task.data]))(keys)
-
-        state = MetaState(jnp.zeros((), jnp.int32), theta, optimizer.init(theta))
-        return _Saved(state, tuple(pool(i, trainer) for i, trainer in enumerate(trainers)), key)
-
-    like = jax.eval_shape(fresh, theta, key, data)
-    places = everywhere, shared, everywhere
+    static = {"trainers": tuple(trainers), "estimator": estimator, "optimizer": optimizer, "runs": runs}
+    like = jax.eval_shape(functools.partial(_fresh, **static), theta, key, data)
+    places = NamedSharding(mesh, jax.P()), NamedSharding(mesh, jax.P(train.DATA_AXIS)), NamedSharding(mesh, jax.P())
     shardings: Any = _Saved(*(jax.tree.map(lambda _, s=s: s, part) for part, s in zip(like, places, strict=True)))
-    step_fns = [
-        jax.jit(
-            functools.partial(
-                outer_step,
-                trainer=trainer,
-                estimator=estimator,
-                optimizer=optimizer,
-                mesh=mesh,
-                runs_at_once=runs_at_once,
-            ),
-            donate_argnums=(0, 1),
-            out_shardings=(shardings.state, pool, everywhere),
-        )
-        for trainer, pool in zip(trainers, shardings.pools, strict=True)
-    ]
 
     with contextlib.ExitStack() as stack:
         checkpoints, write, history = None, None, []
@@ -211,7 +195,7 @@ def meta_train(
         if checkpoints is not None and checkpoints.steps:
             saved = _restored(checkpoints, like, shardings, key)
         else:
-            saved = jax.jit(fresh, out_shardings=shardings)(theta, key, data)
+            saved = jax.jit(functools.partial(_fresh, **static), out_shardings=shardings)(theta, key, data)
         state, pools = saved.state, list(saved.pools)
         start = int(state.step)
         if start > num_steps:
@@ -230,8 +214,16 @@ def meta_train(
         in_flight: tuple[int, int, Mapping[str, Array]] | None = None
         for step in range(start + 1, num_steps + 1):
             number = (step - 1) % len(trainers)
-            state, pools[number], metrics = step_fns[number](
-                state, pools[number], saved.key, data[trainers[number].task.data]
+            state, pools[number], metrics = outer_step(
+                state,
+                pools[number],
+                saved.key,
+                data[trainers[number].task.data],
+                trainer=trainers[number],
+                estimator=estimator,
+                optimizer=optimizer,
+                mesh=mesh,
+                runs_at_once=runs_at_once,
             )
             # Only now that the next step is dispatched, so that the device never waits for us.
             if in_flight is not None:
@@ -245,6 +237,27 @@ def meta_train(
             if checkpoints is not None and saving:
                 checkpoints.save(step, _Saved(state, tuple(pools), saved.key))
     return MetaResult(state.theta, history)
+
+
+def _fresh(
+    theta: PyTree,
+    key: PRNGKeyArray,
+    data: Mapping[str, TaskData],
+    *,
+    trainers: Sequence[Trainer],
+    estimator: Estimator,
+    optimizer: optax.GradientTransformation,
+    runs: int,
+) -> _Saved:
+    """What meta-training starts from."""
+
+    def pool(number: int, trainer: Trainer) -> Any:
+        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, _START), number), runs)
+        return jax.vmap(lambda key: estimator.start(trainer, theta, key, data[trainer.task.data]))(keys)
+
+    # Copied, so that donating the state spares the caller's.
+    state = MetaState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, theta), optimizer.init(theta))
+    return _Saved(state, tuple(pool(i, trainer) for i, trainer in enumerate(trainers)), key)
 
 
 def paper_optimizer(num_steps: int) -> optax.GradientTransformation:

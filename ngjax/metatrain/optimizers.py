@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from typing import Any, Literal
+from typing import Literal
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from ngjax.metatrain.tasks import Task
 from ngjax.metatrain.unroll import Schedule
 from ngjax.optimizers import ng_learned_opt
+from ngjax.optimizers.named_rules import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,28 +23,12 @@ class LearnedOptimizer:
       step: form of its step. With `"paper"` the learning rate is learned, and that of the run plays no part.
     """
 
-    rule: str | nn.Module = "ff"
+    rule: str | Rule = "ff"
     step: Literal["normalized", "paper"] = "normalized"
 
     def __call__(self, theta: PyTree, task: Task, learning_rate: Schedule) -> optax.GradientTransformation:
-        if "step" in inspect.signature(ng_learned_opt).parameters:
-            make: Any = ng_learned_opt
-            rate = learning_rate if self.step == "normalized" else 1.0
-            return make(self.rule, spec=task.spec(), meta_params=theta, step=self.step, learning_rate=rate)
-        # Until ng_learned_opt has steps of its own.
-        rule: Any = self.rule
-        raw = ng_learned_opt(rule, spec=task.spec(), meta_params=theta)
-        if self.step == "paper":
-            return raw
-        return optax.chain(raw, _unit_rms(), optax.scale_by_schedule(learning_rate))
-
-
-def _unit_rms() -> optax.GradientTransformation:
-    def update(updates, state, params=None):
-        del params
-        return jax.tree.map(lambda u: u * jax.lax.rsqrt(jnp.mean(u * u) + 1e-20), updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+        rate = learning_rate if self.step == "normalized" else None
+        return ng_learned_opt(self.rule, spec=task.spec(), meta_params=theta, step=self.step, learning_rate=rate)
 
 
 def adam(theta: PyTree, task: Task, learning_rate: Schedule) -> optax.GradientTransformation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,10 @@ LARGEST_LOSS = 1e3
 """Runs above it have diverged."""
 
 
-class OptimizerMaker(Protocol):
-    """The optimizer under training. Meta-parameters are traced, and so may be what the schedule closes over."""
+OptimizerMaker = Callable[[PyTree, Task, Schedule], optax.GradientTransformation]
+"""Makes the optimizer under training from its meta-parameters, the task and the learning rate of a run.
 
-    def __call__(
-        self, theta: PyTree, task: Task, learning_rate: Schedule
-    ) -> optax.GradientTransformation: ...  # pragma: no cover
+It is static, so hashable; the meta-parameters are traced, and so is what the schedule closes over."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +20,20 @@ def test_one_step_goes_on_until_the_horizon_and_then_starts_anew():
     estimator, theta = OneStep(truncation=6), quadratic.theta()
     estimate = jax.jit(functools.partial(estimator.estimate, TRAINER))
     member = estimator.start(TRAINER, theta, jax.random.key(0), DATA)
-    counts, horizons = [], []
+    seen = []
     for step in range(12):
         member, gradient, metrics = estimate(theta, member, jax.random.key(step), DATA)
-        counts.append(int(member.count))
-        horizons.append(int(member.horizon))
+        seen.append((int(member.count), int(member.horizon)))
         assert np.isfinite(metrics["loss"])
         assert np.isfinite(gradient["log_rate"])
-    assert set(zip(counts, horizons, strict=True)) == {(6, 6), (6, 12), (12, 12)}
-    for before, after in zip(
-        zip(counts, horizons, strict=True), zip(counts[1:], horizons[1:], strict=True), strict=False
-    ):
+    assert set(seen) == {(6, 6), (6, 12), (12, 12)}
+    for before, after in itertools.pairwise(seen):
         assert after == (12, 12) if before == (6, 12) else after[0] == 6
 
 
 def test_pes_is_the_gradient_through_the_whole_run():
     """In the mean over many perturbations, and summed over the truncations; a truncated gradient is another."""
-    theta, length, members = quadratic.theta(-2.5, 0.5), 5, 4096
+    theta, length, members = quadratic.theta(-2.5, 0.5), 5, 2**15
     run = start_run(TRAINER, theta, jax.random.key(1), DATA)._replace(horizon=jnp.int32(100))
     estimator = PES(truncation=length, deviation=0.03)
 
@@ -69,14 +67,16 @@ def test_pes_by_hand():
     member = fresh_pair(theta, run)
     plus = minus = run
     total = jax.tree.map(jnp.zeros_like, theta)
+    estimate = jax.jit(functools.partial(estimator.estimate, TRAINER))
+    unroll_by = jax.jit(lambda theta, run: unroll(TRAINER, theta, run, DATA, length))
     for step in range(3):
         before = member.noise
-        member, gradient, metrics = estimator.estimate(TRAINER, theta, member, jax.random.key(step), DATA)
+        member, gradient, metrics = estimate(theta, member, jax.random.key(step), DATA)
         noise = jax.tree.map(jnp.subtract, member.noise, before)
         assert 0 < abs(noise["decay"]) < 5 * deviation
         total = jax.tree.map(jnp.add, total, noise)
-        plus, losses = unroll(TRAINER, jax.tree.map(jnp.add, theta, noise), plus, DATA, length)
-        minus, other = unroll(TRAINER, jax.tree.map(jnp.subtract, theta, noise), minus, DATA, length)
+        plus, losses = unroll_by(jax.tree.map(jnp.add, theta, noise), plus)
+        minus, other = unroll_by(jax.tree.map(jnp.subtract, theta, noise), minus)
         difference = jnp.mean(meta_loss(losses)) - jnp.mean(meta_loss(other))
         for name in theta:
             np.testing.assert_allclose(
@@ -104,30 +104,34 @@ def test_the_papers_scheme_by_hand():
     estimator, theta = PaperScheme(inner_steps=5), quadratic.theta()
     member = estimator.start(TRAINER, theta, jax.random.key(0), DATA)
     rows = epoch_rows_from(member, 32, 4, 10)
+    estimate = jax.jit(functools.partial(estimator.estimate, TRAINER))
     for number in range(2):
         key = jax.random.key(number)
-        member, gradient, metrics = estimator.estimate(TRAINER, theta, member, key, DATA)
-        optimizer = quadratic.momentum(theta, None, None)
-        params = quadratic.TASK.init(key)
-        opt_state, expected, losses = optimizer.init(params), [], []
-        for step in range(5):
-            chosen = rows[5 * number + step]
-            batch = Batch(DATA.train.inputs[chosen], DATA.train.labels[chosen])
-            grads = jax.grad(quadratic.TASK.loss)(params, batch)
-
-            def loss_after(theta, grads=grads, opt_state=opt_state, params=params, batch=batch):
-                updates, _ = quadratic.momentum(theta, None, None).update(grads, opt_state, params)
-                return quadratic.TASK.loss(optax.apply_updates(params, updates), batch)
-
-            loss, slope = jax.value_and_grad(loss_after)(theta)
-            losses.append(loss)
-            expected.append(slope)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+        member, gradient, metrics = estimate(theta, member, key, DATA)
+        losses, expected = papers_scheme(theta, quadratic.TASK.init(key), rows[5 * number : 5 * number + 5])
         for name in theta:
-            np.testing.assert_allclose(gradient[name], sum(g[name] for g in expected), rtol=1e-4)
+            np.testing.assert_allclose(gradient[name], expected[name], rtol=1e-4)
         np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
         np.testing.assert_allclose(metrics["last_loss"], losses[-1], rtol=1e-5)
+
+
+@jax.jit
+def papers_scheme(theta, params, rows):
+    opt_state = quadratic.momentum(theta, None, None).init(params)
+    slopes, losses = [], []
+    for chosen in rows:
+        batch = Batch(DATA.train.inputs[chosen], DATA.train.labels[chosen])
+        gradient = jax.grad(quadratic.TASK.loss)(params, batch)
+
+        def loss_after(theta, gradient=gradient, opt_state=opt_state, params=params, batch=batch):
+            updates, state = quadratic.momentum(theta, None, None).update(gradient, opt_state, params)
+            after = optax.apply_updates(params, updates)
+            return quadratic.TASK.loss(after, batch), (after, state)
+
+        (loss, (params, opt_state)), slope = jax.value_and_grad(loss_after, has_aux=True)(theta)
+        losses.append(loss)
+        slopes.append(slope)
+    return losses, jax.tree.map(lambda *leaves: sum(leaves), *slopes)
 
 
 def test_passes_over_the_data_go_on():

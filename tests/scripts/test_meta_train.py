@@ -1,0 +1,122 @@
+"""The script end to end, with a small network and few steps."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import pytest
+from matplotlib import image
+
+from ngjax import train
+from ngjax.metatrain.meta_file import load_meta_params
+from ngjax.optimizers import FFRule, init_meta_params, ng_learned_opt
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "meta_train.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("meta_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["meta_train"] = module  # where dataclasses look up the annotations
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        small = {"ff": FFRule(4, 1)}
+        patch.setattr(module, "RULES", small)
+        patch.setattr(module, "PAPER_RULES", small)
+        yield module
+    del sys.modules["meta_train"]
+
+
+def config(script, out, **changes):
+    small = {
+        "tasks": ("digits-mlp-4-relu",),
+        "outer_steps": 3,
+        "runs": 8,
+        "truncation": 2,
+        "horizons": (2, 4),
+        "test_steps": 3,
+        "test_seeds": 2,
+    }
+    return script.Config(out=out, **{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(script, tmp_path_factory):
+    out = tmp_path_factory.mktemp("meta_train") / "new" / "folder"
+    return script.main(config(script, out)), out
+
+
+def test_results_are_complete(run):
+    results, out = run
+    assert json.loads((out / "results.json").read_text()) == results
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoints",
+        "curves.png",
+        "meta_params.safetensors",
+        "metrics.jsonl",
+        "results.json",
+        "settings.json",
+    }
+    assert image.imread(out / "curves.png").shape[2] == 4
+    assert len(train.read_metrics(out / "metrics.jsonl")) == 3
+    assert results["tests"].keys() == {"digits-mlp-4-relu"}
+    assert results["tests"]["digits-mlp-4-relu"].keys() == {"ff", "adam"}
+    for numbers in results["tests"]["digits-mlp-4-relu"].values():
+        assert numbers["test_loss"] == pytest.approx(min(numbers["test_losses"]))
+        assert 0 <= numbers["test_accuracy"] <= 1
+        assert numbers["peak_rate"] in numbers["peak_rates"]
+    assert len(results["table"]) == 4
+    assert {"machine", "versions", "date", "command", "seconds", "config"} <= results.keys()
+
+
+def test_the_meta_parameters_make_an_optimizer_and_say_where_they_come_from(run):
+    _, out = run
+    theta, metadata = load_meta_params(out / "meta_params.safetensors")
+    assert (metadata["rule"], metadata["step"], metadata["seed"]) == ("ff", "normalized", 0)
+    assert {"config", "date", "command", "versions"} <= metadata.keys()
+    ng_learned_opt(FFRule(4, 1), meta_params=theta, step=metadata["step"], learning_rate=0.01)
+    fresh = init_meta_params(jax.random.split(jax.random.key(0), 3)[0], FFRule(4, 1))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), theta, fresh)
+    assert all(0 < size < 0.1 for size in jax.tree.leaves(moved))
+
+
+def test_the_same_command_again_changes_nothing(script, run):
+    _, out = run
+    before = load_meta_params(out / "meta_params.safetensors").theta
+    script.main(config(script, out, test_steps=0))
+    jax.tree.map(np.testing.assert_array_equal, load_meta_params(out / "meta_params.safetensors").theta, before)
+    assert len(train.read_metrics(out / "metrics.jsonl")) == 3
+
+
+def test_other_settings_do_not_go_on_with_a_run(script, run):
+    with pytest.raises(ValueError, match=r"holds a run with seed=0, received 5"):
+        script.main(config(script, run[1], seed=5))
+
+
+@pytest.mark.parametrize("changes", [{"scheme": "paper"}, {"estimator": "pes"}], ids=["paper", "pes"])
+def test_other_schemes_and_estimators(script, tmp_path, changes):
+    results = script.main(config(script, tmp_path, test_steps=0, **changes))
+    assert results["table"] == []
+    assert results["step"] == ("paper" if "scheme" in changes else "normalized")
+    assert np.isfinite(results["meta_loss"]["digits-mlp-4-relu"])
+
+
+def test_defaults_are_those_of_the_scheme(script, tmp_path):
+    paper = script.with_defaults(script.Config(tmp_path, ("digits-mlp-4-relu",), scheme="paper"))
+    assert (paper.outer_steps, paper.runs, paper.truncation) == (1000, 1, 100)
+    assert script.with_defaults(script.Config(tmp_path, ("digits-mlp-4-relu",), runs=3)).runs == 3
+    optimizer, estimator = script.make_outer_optimizer(paper), script.make_estimator(paper)
+    assert estimator.inner_steps == 100
+    assert optimizer.init({"a": np.zeros(1, np.float32)}) is not None
+
+
+def test_settings_that_cannot_be_are_refused(script, tmp_path):
+    with pytest.raises(ValueError, match="scheme=paper has its own estimator"):
+        script.main(config(script, tmp_path / "a", scheme="paper", estimator="pes"))
+    with pytest.raises(ValueError, match="unknown task 'nothing'"):
+        script.main(config(script, tmp_path / "a", tasks=("nothing",)))
+    assert not (tmp_path / "a").exists()

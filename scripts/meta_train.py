@@ -41,11 +41,11 @@ from ngjax.machine import available_cores, describe_machine
 from ngjax.metatrain.estimators import PES, Estimator, OneStep, PaperScheme
 from ngjax.metatrain.evaluation import Outcome, evaluate
 from ngjax.metatrain.loop import meta_train, paper_optimizer
-from ngjax.metatrain.meta_file import save_meta_params
 from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import find_task, load_task_data
 from ngjax.metatrain.unroll import RunSettings, Trainer
 from ngjax.optimizers import PAPER_RULES, RULES, init_meta_params
+from ngjax.optimizers.meta_file import save_meta_params
 from ngjax.report import markdown_table, save_figure
 
 MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "test_steps", "test_seeds", "distributed")

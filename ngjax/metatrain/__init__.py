@@ -3,7 +3,6 @@
 from ngjax.metatrain.estimators import PES, Estimate, Estimator, OneStep, PaperScheme
 from ngjax.metatrain.evaluation import Outcome, evaluate
 from ngjax.metatrain.loop import MetaResult, meta_train, paper_optimizer
-from ngjax.metatrain.meta_file import MetaFile, load_meta_params, save_meta_params
 from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import (
     TASKS,
@@ -19,6 +18,7 @@ from ngjax.metatrain.tasks import (
     unscale,
 )
 from ngjax.metatrain.unroll import OptimizerMaker, Run, RunSettings, Trainer
+from ngjax.optimizers.meta_file import MetaFile, load_meta_params, save_meta_params
 
 __all__ = [
     "PES",

@@ -42,8 +42,8 @@ def ng_t_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
 RULES: dict[str, Rule] = {
     "ff": FFRule(),
     "lstm": LSTMRule(),
-    "ng-gnn": ng_gnn_rule(32, num_layers=2, num_hidden=2),
-    "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
+    "ng-gnn": ng_gnn_rule(16, num_layers=2, num_hidden=2),
+    "ng-t": ng_t_rule(16, num_layers=2, num_hidden=2),
 }
 """Rules in the sizes that weights are shipped for."""
 

@@ -11,8 +11,8 @@ import pytest
 from matplotlib import image
 
 from ngjax import train
-from ngjax.metatrain.meta_file import load_meta_params
 from ngjax.optimizers import FFRule, init_meta_params, ng_learned_opt
+from ngjax.optimizers.meta_file import load_meta_params
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "meta_train.py"
 

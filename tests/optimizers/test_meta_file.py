@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ngjax.metatrain.meta_file import load_meta_params, save_meta_params
 from ngjax.optimizers import init_meta_params
+from ngjax.optimizers.meta_file import load_meta_params, save_meta_params
 
 
 def test_meta_parameters_come_back_with_what_is_known_of_them(tmp_path):

@@ -234,7 +234,7 @@ class Task:
 _Measure: TypeAlias = Callable[[Float[Array, "*B classes"], Int[Array, "*B"]], Float[Array, ""]]
 
 # Images whose patches fit about into the second-level cache of a core.
-_CHUNK = 16
+_CHUNK = 8
 
 
 def _cross_entropy(logits: Float[Array, "*B classes"], labels: Int[Array, "*B"]) -> Float[Array, ""]:

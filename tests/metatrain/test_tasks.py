@@ -118,7 +118,7 @@ assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-
 
 def test_loss_and_gradient_are_those_of_convolutions():
     task = SMALL["fashion-cnn-4-6"]
-    params, batch = init(task), random_batch(task, 20)  # in chunks of ten
+    params, batch = init(task), random_batch(task, 20)  # in chunks of five
     ours = jax.jit(jax.value_and_grad(task.loss))(params, batch)
     assert ours[1]["conv_0"]["kernel"].dtype == jnp.float32
     jax.tree.map(assert_close, ours, reference_gradient(task, [0.1307], [0.3081])(params, batch))

@@ -88,6 +88,8 @@ class Config:
     """Smallest and largest peak of the inner learning rate."""
     scale_spread: float = 10.0
     """Largest scale of the random reparametrizations; 1 for none."""
+    equal_runs: bool = True
+    """Give the one-step gradient of each run a norm of one; otherwise runs with large learning rates decide."""
     deviation: float = 0.01
     """Of the perturbations of PES."""
     learning_rate: float = 1e-3
@@ -198,7 +200,7 @@ def make_estimator(config: Config) -> Estimator:
         return PaperScheme(config.truncation)
     if config.estimator == "pes":
         return PES(config.truncation, config.deviation)
-    return OneStep(config.truncation)
+    return OneStep(config.truncation, config.equal_runs)
 
 
 def make_outer_optimizer(config: Config) -> optax.GradientTransformation:

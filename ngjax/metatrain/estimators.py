@@ -62,9 +62,12 @@ class OneStep:
 
     Attributes:
       truncation: steps between two updates of the meta-parameters.
+      equal_runs: give the gradient of each run a norm of one. It is proportional to the learning rate of the run, and
+        tasks differ in it as much, so that otherwise few runs decide.
     """
 
     truncation: int = 50
+    equal_runs: bool = True
 
     def start(self, trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData) -> Run:
         return no_run(trainer, theta, key, data)
@@ -72,6 +75,10 @@ class OneStep:
     def estimate(self, trainer: Trainer, theta: PyTree, member: Run, key: PRNGKeyArray, data: TaskData) -> Estimate:
         run = restart_if(is_over(member), start_run(trainer, theta, key, data), member)
         run, losses, gradient = unroll_with_gradient(trainer, theta, run, data, self.truncation)
+        if self.equal_runs:
+            norm = optax.tree.norm(gradient)
+            # Zero where nothing is left to learn from: a run that has diverged.
+            gradient = jax.tree.map(lambda g: g / jnp.where(norm > 0, norm, 1), gradient)
         return Estimate(run, gradient, run_metrics(losses))
 
 

@@ -1,6 +1,7 @@
 """Learned optimizers as `optax` transformations: update rules, and the features they read."""
 
 from ngjax.optimizers.graph_rules import GraphRule
+from ngjax.optimizers.meta_file import load_meta_params, save_meta_params
 from ngjax.optimizers.meta_params import init_meta_params
 from ngjax.optimizers.named_rules import PAPER_RULES, RULES
 from ngjax.optimizers.rules import FFRule, LSTMRule
@@ -14,5 +15,7 @@ __all__ = [
     "LSTMRule",
     "LearnedOptState",
     "init_meta_params",
+    "load_meta_params",
     "ng_learned_opt",
+    "save_meta_params",
 ]

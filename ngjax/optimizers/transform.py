@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,8 @@ from ngjax.optimizers.meta_params import checked_meta_params
 from ngjax.optimizers.named_rules import Rule, find_rule, in_dtype
 from ngjax.optimizers.order import natural_layer_order, spec_layer_order
 from ngjax.optimizers.parts import inferred_spec, list_spec
+from ngjax.optimizers.shipped import shipped_meta_params
 from ngjax.spec import NeuralGraphSpec, Path
-
-Step = Literal["normalized", "paper"]
 
 
 class Layout(NamedTuple):
@@ -51,7 +50,7 @@ def ng_learned_opt(
     *,
     spec: NeuralGraphSpec | None = None,
     meta_params: Mapping[str, Any] | None = None,
-    step: Step = "normalized",
+    step: str = "normalized",
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: float = 0.0,
     clip: float | None = None,
@@ -72,8 +71,8 @@ def ng_learned_opt(
         the order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
         graphs are inferred from names and shapes (`infer_spec`), and where that is refused one warning says so and
         every scalar is updated without a graph; `"lstm"` takes the order of the names, see `natural_layer_order`.
-      meta_params: what `init_meta_params` returned, meta-trained. They may be traced, so that gradients with respect to
-        them can be taken.
+      meta_params: what `init_meta_params` returned, meta-trained; `None` for those that come with the package. They may
+        be traced, so that gradients with respect to them can be taken.
       step: `"normalized"`: a direction whose root mean square over each tensor is one, times the learning rate.
         `"paper"`: direction and magnitude are learned. Meta-parameters belong to the one they were meta-trained with.
       learning_rate: what a step is multiplied by, a number or a function of the steps taken; `None` for 1 with
@@ -83,11 +82,16 @@ def ng_learned_opt(
       dtype: of the rule's computation, as `jnp.bfloat16`; state and updates stay float32.
 
     Raises:
-      ValueError: an unknown rule or step; no meta-parameters; those of another rule or size; a negative number. `init`:
-        a leaf that the spec does not have. `update`: no `params`; other leaves than those `init` saw.
+      ValueError: an unknown rule or step; no meta-parameters where none are shipped; those of another rule or size; a
+        negative number. `init`: a leaf that the spec does not have. `update`: no `params`; other leaves than those
+        `init` saw.
       TypeError: meta-parameters, parameters or gradients that are not real floating arrays.
     """
     found = find_rule(rule)
+    if step not in _STEPS:
+        raise ValueError(f"unknown step {step!r}; known are {', '.join(_STEPS)}")
+    if meta_params is None and isinstance(rule, str):
+        meta_params = shipped_meta_params(rule, step)
 
     def layout_of(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> Layout:
         if isinstance(found, GraphRule):
@@ -112,15 +116,13 @@ def learned_opt(
     layout_of: LayoutOf,
     *,
     meta_params: Mapping[str, Any] | None,
-    step: Step,
+    step: str,
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: float = 0.0,
     clip: float | None = None,
     dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
     """`ng_learned_opt` for any layout of the leaves. Other arguments and errors as there."""
-    if step not in _STEPS:
-        raise ValueError(f"unknown step {step!r}; known are {', '.join(_STEPS)}")
     for name, value in (("weight_decay", weight_decay), ("clip", clip)):
         if isinstance(value, (int, float)) and not value >= 0:
             raise ValueError(f"{name}: expected a number of at least 0, received {value}")

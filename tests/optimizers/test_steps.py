@@ -1,0 +1,158 @@
+"""What `ng_learned_opt` does with the numbers of a rule: forms of the step, learning rate, decay, clipping, dtype."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ngjax
+from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, shipped
+from ngjax.optimizers.parts import inferred_spec
+from tests.optimizers.small import RULES, SPEC, assert_close, meta_params, normal, run
+
+PARAMS = normal(0)
+GRADIENTS = [normal(1 + t) for t in range(3)]
+
+
+def updates(name="ff", gradients=GRADIENTS, **options):
+    optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), **options)
+    return run(optimizer, PARAMS, gradients)[0]
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda leaf: np.asarray(factor, np.float32) * leaf, tree)
+
+
+def test_normalized_steps_have_a_root_mean_square_of_the_learning_rate():
+    for leaf in jax.tree.leaves(updates(learning_rate=0.3)):
+        sizes = np.sqrt(np.mean(np.square(leaf), axis=tuple(range(1, leaf.ndim))))
+        np.testing.assert_allclose(sizes, 0.3, rtol=1e-5)
+
+
+def test_a_normalized_step_is_the_direction_of_the_papers():
+    # The exponent's factor is nearly one, so the two differ by their size alone.
+    paper, normalized = updates(step="paper"), updates(learning_rate=1.0)
+    for ours, theirs in zip(jax.tree.leaves(normalized), jax.tree.leaves(paper), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b / np.sqrt(np.mean(np.square(b))), rtol=1e-4, atol=1e-5)
+
+
+def test_a_direction_of_zero_stays_zero_and_its_gradient_finite():
+    head = jnp.zeros((3, 2))
+    assert np.all(heads.normalized_step(head) == 0)
+    assert np.all(np.isfinite(jax.grad(lambda head: jnp.sum(heads.normalized_step(head)))(head)))
+
+
+def test_learning_rates_may_be_schedules_of_the_steps_taken():
+    fixed, falling = updates(learning_rate=1.0), updates(learning_rate=optax.linear_schedule(1.0, 0.0, 4))
+    factors = 1 - np.arange(3) / 4
+    assert_close(
+        falling, jax.tree.map(lambda leaf: leaf * factors.reshape(-1, *[1] * (leaf.ndim - 1)), fixed), tolerance=1e-5
+    )
+
+
+@pytest.mark.parametrize("step", ["normalized", "paper"])
+def test_weight_decay_is_that_of_adamw(step):
+    options = {"step": step, "learning_rate": 0.5}
+    decayed, plain = updates(weight_decay=0.1, **options), updates(**options)
+    assert_close(decayed, jax.tree.map(lambda u, p: u - np.float32(0.05) * p, plain, PARAMS))
+
+
+def test_clipping_bounds_every_number_before_the_learning_rate():
+    clipped, plain = updates(clip=0.5, learning_rate=2.0), updates(learning_rate=2.0)
+    assert any(np.max(np.abs(leaf)) > 1 for leaf in jax.tree.leaves(plain))
+    assert_close(clipped, jax.tree.map(lambda leaf: np.clip(leaf, -1, 1), plain))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_computing_in_bfloat16_keeps_float32_state_and_is_near(name):
+    exact = updates(name, learning_rate=1.0)
+    optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), learning_rate=1.0, dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # flax's layer norm mixes dtypes
+        rough, state = run(optimizer, PARAMS, GRADIENTS)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((rough, state.momenta)))
+    distance = [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (rough, exact)), strict=True)]
+    assert 0 < max(distance) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": "cosine"}, "unknown step 'cosine'; known are normalized, paper"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a number of at least 0, received -0.1"),
+        ({"clip": float("nan")}, "clip: expected a number of at least 0, received nan"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ng_learned_opt(RULES["ff"], meta_params=meta_params("ff"), **options)
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_spec_the_graph_is_inferred():
+    optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"), spec=SPEC)
+    assert_close(run(optimizer, PARAMS, GRADIENTS)[0], updates("ng-gnn"))
+
+
+def test_what_has_no_graph_is_updated_one_by_one_with_one_warning():
+    inferred_spec.cache_clear()
+    optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"))
+    strange = {"temperature": np.ones(3, np.float32), "table": np.ones((4, 2, 5), np.float32)}
+    with pytest.warns(UserWarning, match=r"43 parameters .*spec=ngjax.trace_spec"):
+        state = optimizer.init(strange)
+    found, _ = optimizer.update(strange, state, strange)  # where a warning would be an error
+    assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(found))
+
+
+def test_the_graph_tells_scalars_with_the_same_features_apart():
+    # All weights of the first layer have the same features, but one neuron's next weights have another gradient.
+    params = jax.tree.map(np.ones_like, PARAMS)
+    gradient = jax.tree.map(np.copy, params)
+    gradient["layer_1"]["kernel"][0] = 5.0
+    for name in ("ff", "ng-gnn"):
+        optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), spec=SPEC)
+        first, second, *_ = run(optimizer, params, [gradient])[0]["layer_0"]["kernel"][0, 0]
+        assert (abs(first - second) > 1e-6) == (name == "ng-gnn")
+
+
+def test_residual_connections_are_edges_without_gradients():
+    def apply(params, x):
+        hidden = jax.nn.relu(x @ params["a"])
+        return (hidden + jax.nn.relu(hidden @ params["b"])) @ params["c"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 6), "b": (6, 6), "c": (6, 2)}
+    params, gradient = (
+        {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in shapes.items()} for _ in range(2)
+    )
+    spec = ngjax.trace_spec(apply, params, np.ones((1, 3), np.float32))
+    assert any(group.view is None for group in spec.edge_groups)
+    optimizer = ng_learned_opt(RULES["ng-gnn"], spec=spec, meta_params=meta_params("ng-gnn"))
+    found = run(optimizer, params, [gradient])[0]
+    moves = ngjax.random_permutations(jax.random.key(1), spec)
+    permuted = [ngjax.permute_params(spec, moves, tree) for tree in (params, gradient)]
+    moved = run(optimizer, permuted[0], [permuted[1]])[0]
+    expected = ngjax.permute_params(spec, moves, jax.tree.map(lambda leaf: leaf[0], found))
+    assert_close(jax.tree.map(lambda leaf: leaf[0], moved), expected)
+
+
+# -- shipped weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", shipped.shipped_names())
+def test_shipped_meta_parameters_are_those_of_their_rule(name):
+    rule, _, step = name.rpartition("-")
+    theta = shipped.shipped_meta_params(rule, step)
+    assert_close(
+        jax.tree.map(np.zeros_like, theta), jax.tree.map(np.zeros_like, init_meta_params(jax.random.key(0), rule))
+    )
+    found = run(ng_learned_opt(rule, step=step), PARAMS, GRADIENTS)[0]
+    assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(found))
+
+
+def test_rules_without_shipped_weights_name_those_that_have_them():
+    with pytest.raises(ValueError, match="no weights are shipped for rule='ng-t' with step='paper'; there are"):
+        ng_learned_opt("ng-t", step="paper")

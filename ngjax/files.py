@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import errno
 import itertools
+import json
 import mmap
 import os
 import pathlib
 import secrets
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -59,6 +61,19 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
             error.filename = os.fspath(path)
             raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes what JSON can hold; a file of that name is replaced at once or not at all.
+
+    Raises:
+      ValueError: a number that is not finite, which JSON does not know.
+      TypeError: something else that JSON does not know.
+      OSError: see `write_atomically`.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with write_atomically(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _sync(path: pathlib.Path) -> None:

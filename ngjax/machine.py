@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import pathlib
 import platform
+import shlex
+import sys
 from typing import Any
 
 import jax
+
+from ngjax.version import __version__
 
 
 def available_cores() -> int:
@@ -28,3 +33,13 @@ def processor_name() -> str:
 def describe_machine() -> dict[str, Any]:
     """Processor, cores and the kind of device that JAX computes on, for results files."""
     return {"processor": processor_name(), "cores": available_cores(), "device": jax.devices()[0].device_kind}
+
+
+def describe_process() -> dict[str, Any]:
+    """Machine, versions, date and command of this process, for results files."""
+    return {
+        "machine": describe_machine(),
+        "versions": {"ngjax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import json
 import mmap
 import os
 import pathlib
@@ -9,7 +10,7 @@ import stat
 import numpy as np
 import pytest
 
-from ngjax.files import map_files, write_atomically
+from ngjax.files import map_files, write_atomically, write_json
 
 
 @contextlib.contextmanager
@@ -134,6 +135,17 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="nowhere"):
         write()
+
+
+def test_json_is_whole_and_knows_no_infinity(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"loss": [1.5, None]})
+    assert json.loads(path.read_text()) == {"loss": [1.5, None]}
+    assert path.read_text().endswith("}\n")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"loss": float("nan")})
+    assert json.loads(path.read_text()) == {"loss": [1.5, None]}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # -- mapping ----------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class Progress:
         text = f"step {step}/{self._num_steps}  loss {loss:.4g}"
         if self._seconds > 0:
             rate = self._steps / self._seconds
-            text += f"  {rate:.3g} steps/s  {_as_time((self._num_steps - step) / rate)} left"
+            text += f"  {rate:.3g} steps/s  {as_time((self._num_steps - step) / rate)} left"
         if self._is_bar:
             filled = _BAR_WIDTH * step // self._num_steps
             text = f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {text}"
@@ -96,7 +96,8 @@ class Progress:
             self._stream.flush()
 
 
-def _as_time(seconds: float) -> str:
+def as_time(seconds: float) -> str:
+    """Minutes and seconds, after the hours where there are any: `1:02:03`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

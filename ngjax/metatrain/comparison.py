@@ -119,7 +119,7 @@ def _fitting_rule(path: pathlib.Path, file: MetaFile) -> Rule:
     if name not in RULES:
         raise ValueError(f"{path} is of an unknown rule {name!r}; known are {', '.join(RULES)}")
     errors = []
-    for rule in (RULES[name], PAPER_RULES[name]):
+    for rule in (rules[name] for rules in (RULES, PAPER_RULES) if name in rules):
         try:
             checked_meta_params(rule, file.theta)
         except ValueError as error:

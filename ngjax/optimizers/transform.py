@@ -66,10 +66,10 @@ def ng_learned_opt(
     `optax`.
 
     Args:
-      rule: `"ng-gnn"` and `"ng-t"` read the network as a graph, `"ff"` every scalar for itself, `"lstm"` runs over the
-        tensors of the network; or a rule of another size, as `FFRule(width=32)`.
-      spec: of the architecture, as `trace_spec` makes it. It is the graph of `"ng-gnn"` and `"ng-t"` and tells `"lstm"`
-        the order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
+      rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself, `"lstm"` runs
+        over the tensors of the network; or a rule of another size, as `FFRule(width=32)`.
+      spec: of the architecture, as `trace_spec` makes it. It is the graph of rules that read one and tells `"lstm"` the
+        order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
         graphs are inferred from names and shapes (`infer_spec`), and where that is refused one warning says so and
         every scalar is updated without a graph; `"lstm"` takes the order of the names, see `natural_layer_order`.
       meta_params: what `init_meta_params` returned, meta-trained. They may be traced, so that gradients with respect to

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngjax.optimizers import heads, init_meta_params, rules
+from ngjax.optimizers import GraphRule, heads, init_meta_params, rules
 from ngjax.optimizers.parts import list_spec
 from tests.optimizers.small import RULES, SPEC, meta_params
 
@@ -68,7 +68,7 @@ def test_meta_gradients_are_finite(name):
     @jax.jit
     @jax.grad
     def gradient(theta, network, others):
-        specs = ((list_spec(SPEC, paths, shapes),), (None,)) if name.startswith("ng-") else ((), ())
+        specs = ((list_spec(SPEC, paths, shapes),), (None,)) if isinstance(RULES[name], GraphRule) else ((), ())
         results = (RULES[name].apply({"params": theta}, f, *s) for f, s in zip((network, others), specs, strict=True))
         return sum(jnp.sum(heads.paper_step(head)) for result in results for head in result)
 

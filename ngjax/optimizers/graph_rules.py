@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from ngjax.baselines import NFN
 from ngjax.graph import GlobalData, GroupedGraph, to_groups, to_params
 from ngjax.nn import NGGNN, NGT
 from ngjax.nn.linear import Dense
-from ngjax.optimizers.features import MOMENTUM_DECAYS, scalar_features
+from ngjax.optimizers.features import MOMENTUM_DECAYS, SCALAR_FEATURES, FeatureSet, scalar_features
 from ngjax.optimizers.heads import UpdateHead
 from ngjax.spec import NeuralGraphSpec
 
@@ -49,6 +49,8 @@ class GraphRule(nn.Module):
         inputs, as the PyTorch code of the paper's optimizer does with NG-GNN, which is then not equivariant.
       dtype: of the perceptron's computation; that of the backbone is its own.
     """
+
+    reads: ClassVar[FeatureSet] = SCALAR_FEATURES
 
     backbone: NGGNN | NGT | NFN
     width: int

@@ -8,9 +8,9 @@ from typing import Any
 from ngjax.baselines import NFN
 from ngjax.nn import NGGNN, NGT, EncoderConfig
 from ngjax.optimizers.graph_rules import GraphRule
-from ngjax.optimizers.rules import FFRule, LSTMRule
+from ngjax.optimizers.rules import Celo2Rule, FFRule, LSTMRule
 
-Rule = FFRule | LSTMRule | GraphRule
+Rule = FFRule | LSTMRule | Celo2Rule | GraphRule
 
 KERNEL_RANGE = (1, 5, 5)
 
@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "ng-gnn": ng_gnn_rule(32, num_layers=2, num_hidden=2),
     "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
     "nfn": nfn_rule(32, num_layers=2, num_hidden=2),
+    "celo2": Celo2Rule(),
 }
 """Rules in the sizes that weights are shipped for."""
 
@@ -61,10 +62,11 @@ PAPER_RULES: dict[str, Rule] = {
     "ng-gnn": ng_gnn_rule(64, num_layers=8, num_hidden=8),
     "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
     "nfn": nfn_rule(32, num_layers=3, num_hidden=2),
+    "celo2": Celo2Rule(),
 }
 """Rules in the sizes of Kofinas et al. (2024), appendix, with positions that carry over between networks.
 
-They have none on NFN, which is here about as large as theirs.
+`"nfn"`, about as large as theirs, and `"celo2"` are not among them.
 """
 
 

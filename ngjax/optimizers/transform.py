@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ngjax.optimizers.features import MOMENTUM_DECAYS, scalar_features, update_momenta
+from ngjax.optimizers.features import MOMENTUM_DECAYS, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.heads import normalized_step, paper_step
 from ngjax.optimizers.leaves import check_same, read_leaves
@@ -66,8 +66,9 @@ def ng_learned_opt(
     `optax`.
 
     Args:
-      rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself, `"lstm"` runs
-        over the tensors of the network; or a rule of another size, as `FFRule(width=32)`.
+      rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself,
+        `"celo2"` each relative to its tensor, `"lstm"` runs over the tensors of the network; or a rule of another size,
+        as `FFRule(width=32)`.
       spec: of the architecture, as `trace_spec` makes it. It is the graph of rules that read one and tells `"lstm"` the
         order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
         graphs are inferred from names and shapes (`infer_spec`), and where that is refused one warning says so and
@@ -151,7 +152,7 @@ def learned_opt(
             update_momenta(old, gradient)
             for gradient, *old in zip(gradients.arrays, *(m.arrays for m in momenta), strict=True)
         ]
-        features = [scalar_features(*leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)]
+        features = [rule.reads.of(*leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)]
         heads = _apply(computing, theta, features, layout_of(values.paths, values.shapes))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
@@ -183,7 +184,7 @@ _STEPS: dict[str, tuple[Callable[[Array], Array], float]] = {
 def _apply(
     rule: Rule, theta: Mapping[str, Any], features: Sequence[Float[Array, "..."]], layout: Layout
 ) -> list[Float[Array, "..."]]:
-    """Heads `[*shape, 2]` of features `[*shape, 14]` that are not in the order of the layers."""
+    """Heads `[*shape, 2]` of features `[*shape, C]` that are not in the order of the layers."""
     if not features:
         return []
     ordered = tuple(features[i] for i in layout.order)

@@ -330,7 +330,7 @@ def test_spec_that_does_not_fit(name):
 def test_bad_meta_params(name):
     rule, theta = RULES[name], meta_params(name)
     head = theta["head"]
-    other = {"ff": "lstm", "lstm": "ff", "ng-gnn": "ng-t", "ng-t": "ng-gnn", "nfn": "ng-gnn"}[name]
+    other = {"ff": "lstm", "lstm": "ff", "ng-gnn": "ng-t", "ng-t": "ng-gnn", "nfn": "ng-gnn", "celo2": "ff"}[name]
 
     def using(changed):
         return ng_learned_opt(rule, meta_params=changed)
@@ -349,7 +349,7 @@ def test_bad_meta_params(name):
         using({})
     with pytest.raises(TypeError, match=r"meta-parameter \w.* received int32"):
         using(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), theta))
-    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn"):
+    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2"):
         ng_learned_opt("adam")
-    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn"):
+    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2"):
         init_meta_params(jax.random.key(0), "adam")

@@ -45,7 +45,7 @@ from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import find_task, load_task_data
 from ngjax.metatrain.unroll import RunSettings, Trainer
 from ngjax.optimizers import PAPER_RULES, RULES, init_meta_params
-from ngjax.optimizers.meta_file import save_meta_params
+from ngjax.optimizers.meta_file import load_meta_params, save_meta_params
 from ngjax.report import markdown_table, save_figure
 
 MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "test_steps", "test_seeds", "distributed")
@@ -67,7 +67,7 @@ class Config:
     """Folder of the run. Any scheme."""
     tasks: tuple[str, ...]
     """Names of the tasks, see `find_task`; the outer steps take them in turn. Any scheme."""
-    rule: Literal["ff", "lstm", "ng-gnn", "ng-t"] = "ff"
+    rule: Literal["ff", "lstm", "ng-gnn", "ng-t", "nfn", "celo2"] = "ff"
     """What the optimizer computes its updates with; in the sizes of `PAPER_RULES` if so is the scheme, else of `RULES`.
     Any scheme."""
     scheme: Literal["fresh", "paper"] = "fresh"
@@ -103,6 +103,8 @@ class Config:
     """Steps of the networks for the table at the end; 0 for none. Any scheme."""
     test_seeds: int = 3
     """Networks for each number of the table. Any scheme."""
+    start_from: pathlib.Path | None = None
+    """File with meta-parameters of the same rule and scheme to begin with, instead of fresh ones. Any scheme."""
     data_dir: pathlib.Path | None = None
     """Folder with data sets, by default that of the environment variable NGJAX_DATA_DIR; else they are downloaded."""
     save_every_seconds: float = 300.0
@@ -139,13 +141,20 @@ def main(config: Config) -> dict[str, Any]:
     rule = (PAPER_RULES if is_paper else RULES)[config.rule]
     maker = LearnedOptimizer(rule, "paper" if is_paper else "normalized")
     trainers = [Trainer(task, maker, run_settings) for task in tasks]
+    before = None if config.start_from is None else load_meta_params(config.start_from)
+    if before is not None and (before.metadata["rule"], before.metadata["step"]) != (config.rule, maker.step):
+        raise ValueError(
+            f"{config.start_from} holds meta-parameters of {before.metadata['rule']} with step="
+            f"{before.metadata['step']}, expected {config.rule} with step={maker.step}"
+        )
     init_key, run_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
+    theta = init_meta_params(init_key, rule) if before is None else before.theta
     say(f"{config.rule}, scheme {config.scheme}, {config.outer_steps:,} outer steps on {', '.join(config.tasks)}")
     start = time.perf_counter()
     result = meta_train(
         trainers,
         data,
-        init_meta_params(init_key, rule),
+        theta,
         estimator=make_estimator(config),
         optimizer=make_outer_optimizer(config),
         num_steps=config.outer_steps,
@@ -161,7 +170,8 @@ def main(config: Config) -> dict[str, Any]:
         "rule": config.rule,
         "step": maker.step,
         "seed": config.seed,
-        "config": {k: v for k, v in settings.items() if k not in ("out", "data_dir")},
+        "config": {k: v for k, v in settings.items() if k not in ("out", "data_dir", "start_from")},
+        "started_from": None if before is None else before.metadata,
         "seconds": round(seconds, 1),  # of this start of the script
         "machine": {**describe_machine(), "devices": jax.device_count(), "processes": jax.process_count()},
         "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},

@@ -89,9 +89,9 @@ class BlockTopology:
         """The value of each edge's target, broadcastable to the edge."""
         return tuple(_spread(nodes, b.target, b.blocks, first=b.reverse) for b in self.bundles)
 
-    def sum(self, edges: Edges) -> Float[Array, "... N d"]:
-        """Sum over the incoming edges of each node."""
-        return self._reduce(edges, jnp.sum, jnp.add)
+    def sum(self, edges: Edges, *, outgoing: bool = False) -> Float[Array, "... N d"]:
+        """Sum over the incoming edges of each node, or over the outgoing ones."""
+        return self._reduce(edges, jnp.sum, jnp.add, outgoing)
 
     def min(self, edges: Edges) -> Float[Array, "... N d"]:
         """Least over the incoming edges of each node, 0 where there are none."""
@@ -101,30 +101,27 @@ class BlockTopology:
         """Greatest over the incoming edges of each node, 0 where there are none."""
         return self._reduce(edges, functools.partial(extreme, jnp.max), jnp.maximum)
 
-    def _reduce(self, edges: Edges, over_axis: Callable, pairwise: Callable) -> Array:
-        incoming: dict[int, Array] = {}
+    def _reduce(self, edges: Edges, over_axis: Callable, pairwise: Callable, outgoing: bool = False) -> Array:
+        found: dict[int, Array] = {}
         for bundle, values in zip(self.bundles, edges, strict=True):
-            reduced = join_nodes(over_axis(values, -2 if bundle.reverse else -3), bundle.target.layout)
-            start = bundle.target.place.start
-            incoming[start] = pairwise(incoming[start], reduced) if start in incoming else reduced
+            end = bundle.source if outgoing else bundle.target
+            reduced = join_nodes(over_axis(values, -3 if bundle.reverse == outgoing else -2), end.layout)
+            start = end.place.start
+            found[start] = pairwise(found[start], reduced) if start in found else reduced
         lead, width = edges[0].shape[:-4], edges[0].shape[-1]
         parts = [
-            incoming.get(place.start, jnp.zeros((*lead, place.stop - place.start, width), edges[0].dtype))
+            found.get(place.start, jnp.zeros((*lead, place.stop - place.start, width), edges[0].dtype))
             for place in self.spec.node_slices.values()
         ]
         return jnp.concatenate(parts, axis=-2)
 
-    @functools.cached_property
-    def _degrees(self) -> np.ndarray:
-        degrees = np.zeros(self.spec.num_nodes, np.float32)
+    def degree(self, *, outgoing: bool = False) -> Float[Array, "N 1"]:
+        """Number of incoming edges of each node, or of outgoing ones."""
+        degrees = np.zeros((self.spec.num_nodes, 1), np.float32)
         for bundle in self.bundles:
-            source = bundle.source.place
-            degrees[bundle.target.place] += (source.stop - source.start) // bundle.blocks
-        return degrees
-
-    def degree(self) -> Float[Array, "N 1"]:
-        """Number of incoming edges of each node."""
-        return jnp.asarray(self._degrees)[:, None]
+            own, other = (bundle.source, bundle.target) if outgoing else (bundle.target, bundle.source)
+            degrees[own.place] += (other.place.stop - other.place.start) // bundle.blocks
+        return jnp.asarray(degrees)
 
     # -- nodes of one graph
 
@@ -351,9 +348,9 @@ class ListTopology:
     def target(self, nodes: Float[Array, "N d"]) -> Edges:
         return (nodes[self.receivers],)
 
-    def sum(self, edges: Edges) -> Float[Array, "N d"]:
+    def sum(self, edges: Edges, *, outgoing: bool = False) -> Float[Array, "N d"]:
         values = jnp.where(self.real_edges, edges[0], 0)
-        return jax.ops.segment_sum(values, self.receivers, self.num_nodes)
+        return jax.ops.segment_sum(values, self._end(outgoing), self.num_nodes)
 
     def min(self, edges: Edges) -> Float[Array, "N d"]:
         values = jnp.where(self.real_edges, edges[0], jnp.inf)
@@ -366,8 +363,12 @@ class ListTopology:
     def _where_any(self, nodes: Array) -> Array:
         return jnp.where(self.degree() > 0, nodes, 0)
 
-    def degree(self) -> Float[Array, "N 1"]:
-        return jax.ops.segment_sum(self.real_edges.astype(jnp.float32), self.receivers, self.num_nodes)
+    def degree(self, *, outgoing: bool = False) -> Float[Array, "N 1"]:
+        return jax.ops.segment_sum(self.real_edges.astype(jnp.float32), self._end(outgoing), self.num_nodes)
+
+    def _end(self, outgoing: bool) -> Array:
+        """The node at which each edge is counted."""
+        return self.senders if outgoing else self.receivers
 
     # -- nodes of one graph
 

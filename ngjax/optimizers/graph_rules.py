@@ -1,19 +1,24 @@
-"""Update rules that read the network as a graph: NG-GNN and NG-T of Kofinas et al. (2024), section 4.3."""
+"""Update rules that read the network as a graph.
+
+On NG-GNN and NG-T they are those of Kofinas et al. (2024), section 4.3; NFN, as a backbone of the same rule, is what
+they are compared with.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ngjax.baselines import NFN
 from ngjax.graph import GlobalData, GroupedGraph, to_groups, to_params
 from ngjax.nn import NGGNN, NGT
 from ngjax.nn.linear import Dense
-from ngjax.optimizers.features import MOMENTUM_DECAYS, scalar_features
+from ngjax.optimizers.features import MOMENTUM_DECAYS, SCALAR_FEATURES, FeatureSet, scalar_features
 from ngjax.optimizers.heads import UpdateHead
 from ngjax.spec import NeuralGraphSpec
 
@@ -35,7 +40,7 @@ class GraphRule(nn.Module):
     vector instead.
 
     Attributes:
-      backbone: an `NGGNN` or `NGT`, whose nodes and edges are equally wide.
+      backbone: an `NGGNN`, `NGT` or `NFN`, whose nodes and edges are equally wide.
       width: of the hidden layers of the perceptron and of the readout.
       num_hidden: hidden layers of the perceptron.
       readout_hidden: hidden layers between the backbone and the perceptron.
@@ -45,7 +50,9 @@ class GraphRule(nn.Module):
       dtype: of the perceptron's computation; that of the backbone is its own.
     """
 
-    backbone: NGGNN | NGT
+    reads: ClassVar[FeatureSet] = SCALAR_FEATURES
+
+    backbone: NGGNN | NGT | NFN
     width: int
     num_hidden: int
     readout_hidden: int = 1

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ngjax.optimizers.features import NUM_FEATURES
-
 STEP_SCALE = 0.01
 MAGNITUDE_SCALE = 0.01
 SMALLEST_DIRECTION = 1e-10
@@ -55,7 +53,7 @@ class LinearParams(nn.Module):
 
 
 def update_head(
-    layers: Sequence[Linear], features: Float[Array, "*s 14"], backbone: Float[Array, "... B"] | None = None
+    layers: Sequence[Linear], features: Float[Array, "*s C"], backbone: Float[Array, "... B"] | None = None
 ) -> Float[Array, "*s 2"]:
     """A perceptron on `[features, backbone]`.
 
@@ -68,10 +66,11 @@ def update_head(
       Direction and magnitude, see `paper_step`.
     """
     kernel, bias = layers[0]
+    num_features = features.shape[-1]
     if backbone is not None:
         # The product with each part alone: what many scalars share is multiplied once.
-        bias = backbone @ kernel[NUM_FEATURES:] + bias
-    x = features @ kernel[:NUM_FEATURES] + bias
+        bias = backbone @ kernel[num_features:] + bias
+    x = features @ kernel[:num_features] + bias
     for layer in layers[1:]:
         x = layer(nn.relu(x))
     return x
@@ -105,10 +104,10 @@ class UpdateHead(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Float[Array, "*s 14"], backbone: Float[Array, "... B"] | None = None
+        self, features: Float[Array, "*s C"], backbone: Float[Array, "... B"] | None = None
     ) -> Float[Array, "*s 2"]:
         """Arguments and result of `update_head`."""
-        inputs = NUM_FEATURES + (0 if backbone is None else backbone.shape[-1])
+        inputs = features.shape[-1] + (0 if backbone is None else backbone.shape[-1])
         widths = [inputs, *[self.width] * self.num_hidden, 2]
         layers = [LinearParams(widths[i], widths[i + 1], name=f"dense_{i}")() for i in range(self.num_hidden + 1)]
         layers = [layer.astype(self.dtype) for layer in layers]

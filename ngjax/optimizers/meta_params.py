@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ngjax.chains import mlp_spec
-from ngjax.optimizers.features import NUM_FEATURES
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.named_rules import Rule, find_rule
 from ngjax.optimizers.parts import list_spec
@@ -38,9 +37,9 @@ def _init_meta_params(key: Array, rule: Rule) -> dict[str, Any]:
         # Any network declares the same meta-parameters.
         spec = mlp_spec((1, 1, 1))
         paths, shapes = zip(*((param.path, param.shape) for param in spec.params), strict=True)
-        features = tuple(jnp.zeros((*shape, NUM_FEATURES), jnp.float32) for shape in shapes)
+        features = tuple(jnp.zeros((*shape, rule.reads.size), jnp.float32) for shape in shapes)
         return rule.init(key, features, list_spec(spec, paths, shapes))["params"]
-    return rule.init(key, (jnp.zeros((1, NUM_FEATURES), jnp.float32),))["params"]
+    return rule.init(key, (jnp.zeros((1, rule.reads.size), jnp.float32),))["params"]
 
 
 def checked_meta_params(rule: Rule, meta_params: Mapping[str, Any] | None) -> dict[str, Any]:

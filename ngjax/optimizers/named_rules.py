@@ -5,11 +5,12 @@ from __future__ import annotations
 import typing
 from typing import Any
 
+from ngjax.baselines import NFN
 from ngjax.nn import NGGNN, NGT, EncoderConfig
 from ngjax.optimizers.graph_rules import GraphRule
-from ngjax.optimizers.rules import FFRule, LSTMRule
+from ngjax.optimizers.rules import Celo2Rule, FFRule, LSTMRule
 
-Rule = FFRule | LSTMRule | GraphRule
+Rule = FFRule | LSTMRule | Celo2Rule | GraphRule
 
 KERNEL_RANGE = (1, 5, 5)
 
@@ -39,11 +40,19 @@ def ng_t_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
     return GraphRule(backbone, width, num_hidden, readout_hidden=2, shared_readout=True)
 
 
+def nfn_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
+    """A `GraphRule` on NFN that reads networks of any size and depth."""
+    encoder = EncoderConfig(reverse_edges=False, positions="depth", kernel_range=KERNEL_RANGE)
+    return GraphRule(NFN(width, num_layers, encoder), width, num_hidden)
+
+
 RULES: dict[str, Rule] = {
     "ff": FFRule(),
     "lstm": LSTMRule(),
     "ng-gnn": ng_gnn_rule(16, num_layers=2, num_hidden=2),
     "ng-t": ng_t_rule(16, num_layers=2, num_hidden=2),
+    "nfn": nfn_rule(16, num_layers=2, num_hidden=2),
+    "celo2": Celo2Rule(),
 }
 """Rules in the sizes that weights are shipped for."""
 
@@ -52,8 +61,13 @@ PAPER_RULES: dict[str, Rule] = {
     "lstm": LSTMRule(),
     "ng-gnn": ng_gnn_rule(64, num_layers=8, num_hidden=8),
     "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
+    "nfn": nfn_rule(32, num_layers=3, num_hidden=2),
+    "celo2": Celo2Rule(),
 }
-"""Rules in the sizes of Kofinas et al. (2024), appendix, with positions that carry over between networks."""
+"""Rules in the sizes of Kofinas et al. (2024), appendix, with positions that carry over between networks.
+
+`"nfn"`, about as large as theirs, and `"celo2"` are not among them.
+"""
 
 
 def find_rule(rule: str | Rule) -> Rule:

@@ -1,21 +1,21 @@
 """Update rules: from the features of all scalars of a network to the direction and magnitude of their updates.
 
 A rule is a Linen module. It reads one array of features per parameter tensor, in the order of the layers, and returns
-one array of `(direction, magnitude)` for each.
+one array of `(direction, magnitude)` for each. Its class says in `reads` which features these are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ngjax.optimizers.features import NUM_FEATURES
+from ngjax.optimizers.features import NORMALIZED_FEATURES, SCALAR_FEATURES, FeatureSet
 from ngjax.optimizers.heads import Linear, LinearParams, UpdateHead, uniform_within
 
 
@@ -28,6 +28,8 @@ class FFRule(nn.Module):
       dtype: of the computation.
     """
 
+    reads: ClassVar[FeatureSet] = SCALAR_FEATURES
+
     width: int = 64
     num_hidden: int = 2
     dtype: Any = jnp.float32
@@ -35,6 +37,41 @@ class FFRule(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
         """`[*shape, 14]` to `[*shape, 2]` for every tensor."""
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, name="head")
+        return tuple(head(f) for f in features)
+
+
+class Celo2Rule(nn.Module):
+    """A small perceptron on what each scalar is relative to its tensor, after Celo2 (Moudgil et al., arXiv 2602.19142).
+
+    With the normalized step and a schedule of the learning rate it is the recipe of Celo2-base, the variant whose
+    update is the perceptron's alone: steps do not depend on the scale of the loss, and are equally large for all
+    tensors.
+
+    It is not that optimizer, and does not read its weights. The published one has 8 hidden units in each of two layers
+    and 30 features, from momenta of three decays and, in a state of their own, an average of squared gradients and
+    Adafactor's averages over rows and columns. Here the state has momenta alone, and more of them: ratios between
+    momenta of different decays, and rows and columns of the momenta themselves, stand for what these averages tell; a
+    history of squared gradients there is not. Of the others, the averages as features of their own and the clipped
+    gradient, which depends on the scale of the loss, are left out. A step is normalized over the tensor, there over its
+    last two axes; its magnitude is learned, there switched off; gradients are not clipped. (Celo2 proper also
+    orthogonalizes the updates of matrices and leaves biases and embeddings to AdamW: `optax.multi_transform`.)
+
+    Attributes:
+      width: of the hidden layers.
+      num_hidden: hidden layers.
+      dtype: of the computation.
+    """
+
+    reads: ClassVar[FeatureSet] = NORMALIZED_FEATURES
+
+    width: int = 12
+    num_hidden: int = 2
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
+        """`[*shape, 17]` to `[*shape, 2]` for every tensor."""
         head = UpdateHead(self.width, self.num_hidden, self.dtype, name="head")
         return tuple(head(f) for f in features)
 
@@ -82,6 +119,8 @@ class LSTMRule(nn.Module):
       dtype: of the computation on scalars; the recurrence is in float32.
     """
 
+    reads: ClassVar[FeatureSet] = SCALAR_FEATURES
+
     width: int = 32
     num_hidden: int = 1
     dtype: Any = jnp.float32
@@ -89,7 +128,7 @@ class LSTMRule(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
         """`[*shape, 14]` to `[*shape, 2]` for every tensor, in the order of the recurrence."""
-        first = LinearParams(NUM_FEATURES, self.width, name="summary_0")()
+        first = LinearParams(self.reads.size, self.width, name="summary_0")()
         second = LinearParams(self.width, self.width, name="summary_1")()
         init = uniform_within(1 / math.sqrt(self.width))
         cell = LSTMCell(

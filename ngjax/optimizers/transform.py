@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ngjax.optimizers.features import MOMENTUM_DECAYS, scalar_features, update_momenta
+from ngjax.optimizers.features import MOMENTUM_DECAYS, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.heads import normalized_step, paper_step
 from ngjax.optimizers.leaves import check_same, read_leaves
@@ -65,10 +65,11 @@ def ng_learned_opt(
     `optax`.
 
     Args:
-      rule: `"ng-gnn"` and `"ng-t"` read the network as a graph, `"ff"` every scalar for itself, `"lstm"` runs over the
-        tensors of the network; or a rule of another size, as `FFRule(width=32)`.
-      spec: of the architecture, as `trace_spec` makes it. It is the graph of `"ng-gnn"` and `"ng-t"` and tells `"lstm"`
-        the order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
+      rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself,
+        `"celo2"` each relative to its tensor, `"lstm"` runs over the tensors of the network; or a rule of another size,
+        as `FFRule(width=32)`.
+      spec: of the architecture, as `trace_spec` makes it. It is the graph of rules that read one and tells `"lstm"` the
+        order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
         graphs are inferred from names and shapes (`infer_spec`), and where that is refused one warning says so and
         every scalar is updated without a graph; `"lstm"` takes the order of the names, see `natural_layer_order`.
       meta_params: what `init_meta_params` returned, meta-trained; `None` for those that come with the package. They may
@@ -153,7 +154,7 @@ def learned_opt(
             update_momenta(old, gradient)
             for gradient, *old in zip(gradients.arrays, *(m.arrays for m in momenta), strict=True)
         ]
-        features = [scalar_features(*leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)]
+        features = [rule.reads.of(*leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)]
         heads = _apply(computing, theta, features, layout_of(values.paths, values.shapes))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
@@ -185,7 +186,7 @@ _STEPS: dict[str, tuple[Callable[[Array], Array], float]] = {
 def _apply(
     rule: Rule, theta: Mapping[str, Any], features: Sequence[Float[Array, "..."]], layout: Layout
 ) -> list[Float[Array, "..."]]:
-    """Heads `[*shape, 2]` of features `[*shape, 14]` that are not in the order of the layers."""
+    """Heads `[*shape, 2]` of features `[*shape, C]` that are not in the order of the layers."""
     if not features:
         return []
     ordered = tuple(features[i] for i in layout.order)

@@ -1,5 +1,7 @@
 """The mathematics of NG-GNN by hand, and where its input is refused."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,12 @@ def test_degrees():
     for reverse, expected in degrees.items():
         assert BlockTopology(SPEC, reverse).degree()[:, 0].tolist() == expected
         assert ListTopology(graph(), reverse).degree()[:, 0].tolist() == expected
+    outgoing = [3, 3, 4, 4, 4, 1, 1, 1, 1, 0]
+    for topology in (BlockTopology(SPEC, False), ListTopology(graph(), False)):
+        assert topology.degree(outgoing=True)[:, 0].tolist() == outgoing
+        shapes = [(1, m, n, 1) for m, n in itertools.pairwise(SIZES)]
+        ones = tuple(map(jnp.ones, shapes)) if isinstance(topology, BlockTopology) else (jnp.ones((len(EDGES), 1)),)
+        assert topology.sum(ones, outgoing=True)[:, 0].tolist() == outgoing
 
 
 def test_the_degree_scaler_is_that_of_each_network():

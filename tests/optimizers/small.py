@@ -6,14 +6,16 @@ import jax
 import numpy as np
 
 import ngjax
-from ngjax.optimizers import FFRule, LSTMRule, init_meta_params, ng_learned_opt
-from ngjax.optimizers.named_rules import ng_gnn_rule, ng_t_rule
+from ngjax.optimizers import Celo2Rule, FFRule, LSTMRule, init_meta_params, ng_learned_opt
+from ngjax.optimizers.named_rules import nfn_rule, ng_gnn_rule, ng_t_rule
 
 RULES = {
     "ff": FFRule(width=8, num_hidden=1),
     "lstm": LSTMRule(width=8),
     "ng-gnn": ng_gnn_rule(8, num_layers=2, num_hidden=1),
     "ng-t": ng_t_rule(8, num_layers=1, num_hidden=1),
+    "nfn": nfn_rule(8, num_layers=2, num_hidden=1),
+    "celo2": Celo2Rule(width=8),
 }
 SIZES = (4, 8, 2)
 SPEC = ngjax.mlp_spec(SIZES)

@@ -43,3 +43,62 @@ def test_momenta_are_sums_without_correction():
     for decay, momentum in zip(features.MOMENTUM_DECAYS, momenta, strict=True):
         assert momentum.dtype == jnp.float32
         np.testing.assert_allclose(momentum, 1 + decay + decay**2, rtol=1e-6)
+
+
+@jax.jit
+def normalized(value, moving):
+    return features.normalized_features(value, moving[0], moving[1:])
+
+
+def numbers(shape):
+    """A parameter, and its gradient and momenta."""
+    value, *moving = np.random.default_rng(0).standard_normal((7, *shape)).astype(np.float32)
+    return value, moving
+
+
+def test_normalized_features_by_hand():
+    value, moving = numbers((3, 4))
+    x = normalized(value, moving)
+    assert (x.shape, x.dtype) == ((3, 4, features.NUM_NORMALIZED), jnp.float32)
+    relative = np.stack([n / np.sqrt(np.mean(n**2)) for n in (value, *moving)], axis=-1)
+    np.testing.assert_allclose(x[..., :7], relative, rtol=1e-5)
+    over_time = np.sqrt(np.mean(relative[..., 1:] ** 2, axis=-1, keepdims=True))
+    np.testing.assert_allclose(x[..., 7:13], relative[..., 1:] / over_time, rtol=1e-5)
+    for k, n in zip(range(13, 17), (moving[0], *moving[2:5]), strict=True):  # gradient; 0.9, 0.99 and 0.999
+        squares = np.mean(n**2, axis=1, keepdims=True) * np.mean(n**2, axis=0) / np.mean(n**2)
+        np.testing.assert_allclose(x[..., k], n / np.sqrt(squares), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+def test_normalized_features_have_no_scale(shape):
+    value, moving = numbers(shape)
+    expected = normalized(value, moving)
+    for of_gradient, of_value in ((1e-30, 1), (1e30, 1e30), (1, 1e-20)):
+        ours = normalized(np.float32(of_value) * value, [np.float32(of_gradient) * m for m in moving])
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_normalized_features_do_not_depend_on_the_order_of_axes():
+    value, moving = numbers((2, 3, 4))
+    turned = normalized(np.transpose(value, (2, 0, 1)), [np.transpose(m, (2, 0, 1)) for m in moving])
+    expected = np.transpose(normalized(value, moving), (2, 0, 1, 3))
+    np.testing.assert_allclose(turned, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (200,), (3, 4)])
+def test_normalized_features_and_their_derivatives_are_finite_and_bounded(shape):
+    @jax.jit
+    def run(x):
+        def total(x):
+            result = normalized(x, 6 * [x])
+            return jnp.sum(result), result
+
+        return jax.grad(total, has_aux=True)(x)
+
+    for size in (0.0, 1e-45, 1e-39, 1e-30, 1.0, 1e34):
+        x = np.zeros(shape, np.float32)
+        x[(slice(1),) if shape else ...] = size  # other rows without a gradient
+        slopes, result = run(x)
+        assert np.all(np.isfinite(slopes))
+        assert np.all(np.abs(result) <= features.LARGEST_NORMALIZED)
+        assert size > 0 or np.all(result == 0)

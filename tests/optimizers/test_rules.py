@@ -4,16 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngjax.optimizers import heads, init_meta_params, rules
+from ngjax.optimizers import GraphRule, heads, init_meta_params, rules
 from ngjax.optimizers.parts import list_spec
-from tests.optimizers.small import RULES, SPEC, meta_params
+from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run
 
 
 @pytest.mark.parametrize(
     ("rule", "num_scalars"),
-    [("ff", 5250), ("lstm", 11554 - 4 * 32)],  # the paper's cell has two biases, of which only the sum matters
+    [
+        ("ff", 5250),
+        ("lstm", 11554 - 4 * 32),  # the paper's cell has two biases, of which only the sum matters
+        ("celo2", 398),  # the published one has 347
+    ],
 )
-def test_sizes_of_the_paper(rule, num_scalars):
+def test_sizes(rule, num_scalars):
     shapes = jax.eval_shape(lambda key: init_meta_params(key, rule), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_scalars
 
@@ -61,16 +65,24 @@ def test_meta_gradients_are_finite(name):
     rng = np.random.default_rng(1)
     paths, shapes = zip(*((param.path, param.shape) for param in SPEC.params), strict=True)
     network, *others = (
-        tuple(rng.standard_normal((*shape, 14), np.float32) for shape in shapes)
+        tuple(rng.standard_normal((*shape, RULES[name].reads.size), np.float32) for shape in shapes)
         for shapes in (shapes, ((4, 3), (0,), (2,)))
     )
 
     @jax.jit
     @jax.grad
     def gradient(theta, network, others):
-        specs = ((list_spec(SPEC, paths, shapes),), (None,)) if name.startswith("ng-") else ((), ())
+        specs = ((list_spec(SPEC, paths, shapes),), (None,)) if isinstance(RULES[name], GraphRule) else ((), ())
         results = (RULES[name].apply({"params": theta}, f, *s) for f, s in zip((network, others), specs, strict=True))
         return sum(jnp.sum(heads.paper_step(head)) for result in results for head in result)
 
     gradients = gradient(meta_params(name), network, *others)
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(gradients))
+
+
+def test_celo2_does_not_see_the_scale_of_the_loss():
+    params, gradients = normal(0), [normal(1), normal(2)]
+    expected = run(learned_opt("celo2"), params, gradients)[0]
+    for scale in (1e-12, 1e12):
+        scaled = jax.tree.map(lambda leaf, s=scale: np.float32(s) * leaf, gradients)
+        assert_close(run(learned_opt("celo2"), params, scaled)[0], expected, tolerance=1e-4)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 
 import ngjax
 from ngjax import train
-from ngjax.optimizers import init_meta_params, ng_learned_opt
+from ngjax.optimizers import GraphRule, init_meta_params, ng_learned_opt
 from ngjax.optimizers.parts import inferred_spec
 from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run, scan_steps, stacked
 
@@ -135,7 +135,7 @@ def test_trees_without_leaves_and_leaves_without_elements(name):
     assert optimizer.update({}, optimizer.init({}), {})[0] == {}
     inferred_spec.cache_clear()
     tree = {"a": np.zeros((0, 3), np.float32), "b": np.ones((), np.float32), "c": None}
-    reads_graphs = name.startswith("ng-")
+    reads_graphs = isinstance(RULES[name], GraphRule)
     with pytest.warns(UserWarning, match="1 parameters .* one by one") if reads_graphs else contextlib.nullcontext():
         updates, state = run(optimizer, tree, [tree])
     assert_same_structure(updates, stacked([tree]))
@@ -330,7 +330,7 @@ def test_spec_that_does_not_fit(name):
 def test_bad_meta_params(name):
     rule, theta = RULES[name], meta_params(name)
     head = theta["head"]
-    other = {"ff": "lstm", "lstm": "ff", "ng-gnn": "ng-t", "ng-t": "ng-gnn"}[name]
+    other = {"ff": "lstm", "lstm": "ff", "ng-gnn": "ng-t", "ng-t": "ng-gnn", "nfn": "ng-gnn", "celo2": "ff"}[name]
 
     def using(changed):
         return ng_learned_opt(rule, meta_params=changed)
@@ -349,7 +349,7 @@ def test_bad_meta_params(name):
         using({})
     with pytest.raises(TypeError, match=r"meta-parameter \w.* received int32"):
         using(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), theta))
-    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t"):
+    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2"):
         ng_learned_opt("adam")
-    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t"):
+    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2"):
         init_meta_params(jax.random.key(0), "adam")

@@ -83,7 +83,8 @@ def load_task_data(name: str, *, data_dir: str | os.PathLike[str] | None = None)
     in windows of 64 that do not overlap, the first 90 % for training. Python's versions differ in it a little.
 
     Args:
-      name: `"mnist"`, `"fashion_mnist"`, `"cifar10"`, `"digits"`, or `"stdlib"`.
+      name: `"mnist"`, `"fashion_mnist"`, `"cifar10"`, `"digits"`, or `"stdlib"`; `"fashion_mnist-7"` for images of 7 x 7
+        pixels, each the mean of a square of the original's.
       data_dir: see `ngjax.zoo.load_images`.
 
     Raises:
@@ -93,15 +94,29 @@ def load_task_data(name: str, *, data_dir: str | os.PathLike[str] | None = None)
     """
     if name == _TEXT:
         return text_data(standard_library_text())
-    if name not in _PIXELS:
+    base, _, side = name.partition("-")
+    if base not in _PIXELS:
         raise ValueError(f"name={name!r}, expected one of {', '.join([*_PIXELS, _TEXT])}")
-    return TaskData(*(_load_split(name, split, data_dir) for split in ("train", "test")))
+    return TaskData(*(_load_split(base, split, int(side) if side else None, data_dir) for split in ("train", "test")))
 
 
-def _load_split(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Batch:
+def _load_split(name: str, split: str, side: int | None, data_dir: str | os.PathLike[str] | None) -> Batch:
     loaded = load_images(name, split, data_dir=data_dir)
-    counts = np.rint(loaded.images * np.float32(_PIXELS[name].full)).astype(np.uint8)
+    images = loaded.images if side is None else pooled(loaded.images, side)
+    counts = np.rint(images * np.float32(_PIXELS[name].full)).astype(np.uint8)
     return Batch(jnp.asarray(counts), jnp.asarray(loaded.labels))
+
+
+def pooled(images: Float[np.ndarray, "N H W C"], side: int) -> Float[np.ndarray, "N side side C"]:
+    """Images of `side` pixels along both axes, each the mean of a square.
+
+    Raises:
+      ValueError: `side` does not divide the images.
+    """
+    count, height, width, channels = images.shape
+    if side < 1 or height % side or width % side:
+        raise ValueError(f"side={side}, expected a divisor of the images' {height} x {width} pixels")
+    return images.reshape(count, side, height // side, side, width // side, channels).mean((2, 4))
 
 
 def sample_batch(key: PRNGKeyArray, data: Batch, batch_size: int) -> Batch:
@@ -204,9 +219,9 @@ class Task:
 
     def normalized(self, inputs: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
         """What the network reads: float32 images of about unit variance, or the tokens themselves."""
-        if self.data not in _PIXELS:
+        if self.data == _TEXT:
             return inputs
-        pixels = _PIXELS[self.data]
+        pixels = _PIXELS[self.data.partition("-")[0]]
         mean, deviation = (jnp.asarray(x, jnp.float32) for x in (pixels.mean, pixels.deviation))
         return (inputs.astype(jnp.float32) / pixels.full - mean) / deviation
 
@@ -258,26 +273,29 @@ def find_task(name: str) -> Task:
     """The task of a name.
 
     Names are `<data>-cnn-<widths>` and `<data>-mlp-<widths>-<activation>`, with data of `mnist`, `fashion`, `cifar` and
-    `digits`, and widths of the hidden layers: `fashion-cnn-16-32-32`, `digits-mlp-32-32-tanh`. `stdlib-transformer` is
-    the one over characters.
+    `digits`, and widths of the hidden layers: `fashion-cnn-16-32-32`, `digits-mlp-32-32-tanh`. A number behind the data
+    makes the images smaller: `fashion7-mlp-32-relu` reads 7 x 7 pixels. `stdlib-transformer` is the one over characters.
 
     Raises:
       ValueError: a name that is not made this way, or with an unknown activation.
     """
     if name == "stdlib-transformer":
         return Task(name, _TEXT, Transformer(len(CHARACTERS), CONTEXT, width=64, heads=4, layers=2), batch_size=32)
-    match = re.fullmatch(rf"({'|'.join(_SHORT)})-(?:cnn((?:-[1-9]\d*)+)|mlp((?:-[1-9]\d*)+)-([a-z]+))", name)
+    match = re.fullmatch(rf"({'|'.join(_SHORT)})([1-9]\d*)?-(?:cnn((?:-[1-9]\d*)+)|mlp((?:-[1-9]\d*)+)-([a-z]+))", name)
     if match is None:
         raise ValueError(
             f"unknown task {name!r}; expected a name like fashion-cnn-16-32-32, digits-mlp-32-32-tanh, or "
             f"stdlib-transformer, with data of {', '.join(_SHORT)}"
         )
-    data, cnn, mlp, activation = match.groups()
-    height, width, channels = IMAGE_SETS[_SHORT[data]].image_shape
+    short, side, cnn, mlp, activation = match.groups()
+    height, width, channels = IMAGE_SETS[_SHORT[short]].image_shape
+    data = _SHORT[short]
+    if side:
+        data, height, width = f"{data}-{side}", int(side), int(side)
     hidden = tuple(int(n) for n in (cnn or mlp)[1:].split("-"))
     if cnn:
-        return Task(name, _SHORT[data], ConvNet((channels, *hidden), _CLASSES))
-    return Task(name, _SHORT[data], MLP((height * width * channels, *hidden, _CLASSES), activation))
+        return Task(name, data, ConvNet((channels, *hidden), _CLASSES))
+    return Task(name, data, MLP((height * width * channels, *hidden, _CLASSES), activation))
 
 
 def _sweeps(data: str, width: int) -> list[str]:

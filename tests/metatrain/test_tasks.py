@@ -241,6 +241,17 @@ def test_images_keep_their_pixels(tmp_path):
     np.testing.assert_array_equal(data.test.labels, [0, 1])
 
 
+def test_smaller_images_are_means_of_squares():
+    small, data = load_task_data("digits-2").test.inputs, load_task_data("digits").test.inputs
+    squares = np.asarray(data, np.float32).reshape(len(data), 2, 4, 2, 4, 1).mean((2, 4))
+    np.testing.assert_array_equal(small, np.rint(squares))
+    task = find_task("digits2-mlp-3-relu")
+    assert (task.data, task.network.sizes) == ("digits-2", (4, 3, 10))
+    np.testing.assert_allclose(task.normalized(small), (small / np.float32(16) - 0.3053) / 0.376, atol=1e-5)
+    with pytest.raises(ValueError, match="side=3, expected a divisor of the images' 8 x 8 pixels"):
+        load_task_data("digits-3")
+
+
 def test_unknown_data_raises():
     with pytest.raises(ValueError, match="svhn"):
         load_task_data("svhn")

@@ -83,8 +83,8 @@ def load_task_data(name: str, *, data_dir: str | os.PathLike[str] | None = None)
     in windows of 64 that do not overlap, the first 90 % for training. Python's versions differ in it a little.
 
     Args:
-      name: `"mnist"`, `"fashion_mnist"`, `"cifar10"`, `"digits"`, or `"stdlib"`; `"fashion_mnist-7"` for images of 7 x 7
-        pixels, each the mean of a square of the original's.
+      name: `"mnist"`, `"fashion_mnist"`, `"cifar10"`, `"digits"`, or `"stdlib"`; `"fashion_mnist-7"` for images of
+        7 x 7 pixels, each the mean of a square of the original's.
       data_dir: see `ngjax.zoo.load_images`.
 
     Raises:
@@ -274,7 +274,7 @@ def find_task(name: str) -> Task:
 
     Names are `<data>-cnn-<widths>` and `<data>-mlp-<widths>-<activation>`, with data of `mnist`, `fashion`, `cifar` and
     `digits`, and widths of the hidden layers: `fashion-cnn-16-32-32`, `digits-mlp-32-32-tanh`. A number behind the data
-    makes the images smaller: `fashion7-mlp-32-relu` reads 7 x 7 pixels. `stdlib-transformer` is the one over characters.
+    makes images smaller: `fashion7-mlp-32-relu` reads 7 x 7 pixels. `stdlib-transformer` is the one over characters.
 
     Raises:
       ValueError: a name that is not made this way, or with an unknown activation.

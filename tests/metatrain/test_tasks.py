@@ -247,7 +247,8 @@ def test_smaller_images_are_means_of_squares():
     np.testing.assert_array_equal(small, np.rint(squares))
     task = find_task("digits2-mlp-3-relu")
     assert (task.data, task.network.sizes) == ("digits-2", (4, 3, 10))
-    np.testing.assert_allclose(task.normalized(small), (small / np.float32(16) - 0.3053) / 0.376, atol=1e-5)
+    expected = (np.asarray(small, np.float32) / 16 - 0.3053) / 0.376
+    np.testing.assert_allclose(task.normalized(small), expected, atol=1e-5)
     with pytest.raises(ValueError, match="side=3, expected a divisor of the images' 8 x 8 pixels"):
         load_task_data("digits-3")
 

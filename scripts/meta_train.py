@@ -8,20 +8,16 @@ The scheme `fresh` takes the loss after each step on a fresh batch, in runs of m
 reparametrizations. The scheme `paper` is that of Kofinas et al. 2024 (arXiv 2403.12143). Killed, a run goes on where it
 was when the same command is given again.
 
-Writes into the output folder: `meta_params.safetensors`, `results.json`, `curves.png`, and `metrics.jsonl` and all that
-resuming needs.
+Writes into the output folder: `meta_params.safetensors` with `card.md`, `results.json`, `curves.png`, and
+`metrics.jsonl` and all that resuming needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import pathlib
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -34,10 +30,9 @@ import tyro
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-import ngjax
 from ngjax import train
-from ngjax.files import write_atomically
-from ngjax.machine import available_cores, describe_machine
+from ngjax.files import write_atomically, write_json
+from ngjax.machine import available_cores, describe_process
 from ngjax.metatrain.estimators import PES, Estimator, OneStep, PaperScheme
 from ngjax.metatrain.evaluation import Outcome, evaluate
 from ngjax.metatrain.loop import meta_train, paper_optimizer
@@ -173,10 +168,9 @@ def main(config: Config) -> dict[str, Any]:
         "config": {k: v for k, v in settings.items() if k not in ("out", "data_dir", "start_from")},
         "started_from": None if before is None else before.metadata,
         "seconds": round(seconds, 1),  # of this start of the script
-        "machine": {**describe_machine(), "devices": jax.device_count(), "processes": jax.process_count()},
-        "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        **describe_process(),
     }
     if jax.process_index() == 0:
         save_meta_params(out / "meta_params.safetensors", theta, provenance)
@@ -186,6 +180,8 @@ def main(config: Config) -> dict[str, Any]:
     results = {**provenance, "table": lines, "tests": table, "meta_loss": last_losses(config, result.history)}
     if jax.process_index() == 0:
         write_json(out / "results.json", results)
+        with write_atomically(out / "card.md") as unfinished:
+            unfinished.write_text(format_card(results), encoding="utf-8")
     say("\n" + "\n".join(lines) + f"\n\n{TABLE_NOTES}\n" if lines else "")
     say(f"meta-parameters, numbers and picture are in {out}")
     return results
@@ -310,6 +306,30 @@ def format_table(config: Config, table: dict[str, dict[str, Any]]) -> str:
     return markdown_table(header, rows, titles=2)
 
 
+def format_card(results: dict[str, Any]) -> str:
+    """What a user of the meta-parameters wants to know of them, in Markdown."""
+    config, machine, versions = (results[key] for key in ("config", "machine", "versions"))
+    before = results["started_from"]
+    facts = {
+        "Tasks": ", ".join(config["tasks"]),
+        "Scheme": f"{config['scheme']}, {config['estimator']}, {config['outer_steps']:,} outer steps with "
+        f"{config['runs']} runs of {config['truncation']} inner steps each",
+        "Started from": "fresh meta-parameters" if before is None else f"`{before['command']}` ({before['date']})",
+        "Command": f"`{results['command']}`",
+        "Seed": config["seed"],
+        "Date": results["date"],
+        "Machine": f"{machine['processor']}, {machine['cores']} cores, {machine['device']}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    lines = [
+        f"# Meta-parameters of {results['rule']}, {results['step']} steps",
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items()),
+    ]
+    table = ["", *results["table"], "", TABLE_NOTES] if results["table"] else []
+    return "\n".join([*lines, *table]) + "\n"
+
+
 def draw_curves(config: Config, history: list[train.metrics.Row]) -> Figure:
     """The meta-loss of every task against the outer steps: pale as it is, and as a running mean."""
     figure, axis = plt.subplots(figsize=(8, 4.5))
@@ -331,11 +351,6 @@ def draw_curves(config: Config, history: list[train.metrics.Row]) -> Figure:
 def say(text: str) -> None:
     if jax.process_index() == 0:
         print(text, flush=True)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    with write_atomically(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=2) + "\n")
 
 
 if __name__ == "__main__":

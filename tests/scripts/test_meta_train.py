@@ -54,6 +54,7 @@ def test_results_are_complete(run):
     results, out = run
     assert json.loads((out / "results.json").read_text()) == results
     assert {path.name for path in out.iterdir()} == {
+        "card.md",
         "checkpoints",
         "curves.png",
         "meta_params.safetensors",
@@ -70,6 +71,9 @@ def test_results_are_complete(run):
         assert 0 <= numbers["test_accuracy"] <= 1
         assert numbers["peak_rate"] in numbers["peak_rates"]
     assert len(results["table"]) == 4
+    card = (out / "card.md").read_text()
+    assert card.startswith("# Meta-parameters of ff, normalized steps")
+    assert all(line in card for line in results["table"])
     assert {"machine", "versions", "date", "command", "seconds", "config"} <= results.keys()
 
 
@@ -90,6 +94,19 @@ def test_the_same_command_again_changes_nothing(script, run):
     script.main(config(script, out, test_steps=0))
     jax.tree.map(np.testing.assert_array_equal, load_meta_params(out / "meta_params.safetensors").theta, before)
     assert len(train.read_metrics(out / "metrics.jsonl")) == 3
+
+
+def test_meta_parameters_may_come_from_another_run(script, run, tmp_path):
+    file = run[1] / "meta_params.safetensors"
+    no_change = {"test_steps": 0, "learning_rate": 0.0, "start_from": file}
+    results = script.main(config(script, tmp_path / "ff", **no_change))
+    assert results["started_from"] == load_meta_params(file).metadata
+    theta = load_meta_params(tmp_path / "ff" / "meta_params.safetensors").theta
+    jax.tree.map(np.testing.assert_array_equal, theta, load_meta_params(file).theta)
+    with pytest.raises(
+        ValueError, match=r"holds meta-parameters of ff with step=normalized, expected ff with step=paper"
+    ):
+        script.main(config(script, tmp_path / "paper", scheme="paper", **no_change))
 
 
 def test_other_settings_do_not_go_on_with_a_run(script, run):

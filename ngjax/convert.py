@@ -68,13 +68,14 @@ def from_reference(
 
     Args:
       config: of the model: `model` is one of `ng_gnn_classifier`, `ng_t_classifier`, `ng_gnn_editor`, `ng_t_editor`,
-        `siren_render`, `learned_optimizer_ff` and `learned_optimizer_lstm`; the other entries are plain
-        hyper-parameters.
+        `siren_render`, `learned_optimizer_ff`, `learned_optimizer_lstm`, `learned_optimizer_ng_gnn` and
+        `learned_optimizer_ng_t`; the other entries are plain hyper-parameters. Position embeddings of the learned
+        optimizers are rows for inputs, hidden layers and outputs of the network with `layer_sizes`.
       state_dict: arrays by parameter name, with or without the prefix `param/`. They may be traced, so that gradients
         with respect to them can be taken.
-      repair: defects of the reference to put right: `"alignment"` (the NG-GNN editor reads biases from their
-        own nodes), `"normalization"` (node features are normalized per network, not over the mini-batch),
-        `"masking"` (padding takes no part).
+      repair: defects of the reference to put right: `"alignment"` (the NG-GNN editor and learned optimizers read biases
+        from their own nodes, and the NG-T one nodes and edges from their own places), `"normalization"` (node features
+        are normalized per network, not over the mini-batch), `"masking"` (padding takes no part).
 
     Returns:
       `f(weights, biases)` of lists of `[B, in, out, 1]` and `[B, out, 1]`, which returns logits `[B, classes]`, for

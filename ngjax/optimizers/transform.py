@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -189,14 +191,19 @@ def _apply(
     """Heads `[*shape, 2]` of features `[*shape, C]` that are not in the order of the layers."""
     if not features:
         return []
-    ordered = tuple(features[i] for i in layout.order)
-    heads: Any
-    if isinstance(rule, GraphRule):
-        heads = _in_auto_mode(lambda *args: rule.apply({"params": args[0]}, args[1], layout.spec), theta, ordered)
-    else:
-        heads = rule.apply({"params": theta}, ordered)
+    heads = _heads(rule, theta, tuple(features[i] for i in layout.order), layout.spec)
     by_leaf = dict(zip(layout.order, heads, strict=True))
     return [by_leaf[i] for i in range(len(features))]
+
+
+# Compiled also where the caller does not: one operation after the other, an update takes many times as long.
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _heads(
+    rule: Rule, theta: Mapping[str, Any], features: tuple[Float[Array, "..."], ...], spec: NeuralGraphSpec | None
+) -> tuple[Float[Array, "..."], ...]:
+    if isinstance(rule, GraphRule):
+        return _in_auto_mode(lambda *args: rule.apply({"params": args[0]}, args[1], spec), theta, features)
+    return typing.cast(tuple[Array, ...], rule.apply({"params": theta}, features))
 
 
 def _in_auto_mode(function: Callable[[Any, tuple[Array, ...]], Any], theta: Any, arrays: tuple[Array, ...]) -> Any:

@@ -12,9 +12,9 @@ from ngjax.optimizers.named_rules import nfn_rule, ng_gnn_rule, ng_t_rule
 RULES = {
     "ff": FFRule(width=8, num_hidden=1),
     "lstm": LSTMRule(width=8),
-    "ng-gnn": ng_gnn_rule(8, num_layers=2, num_hidden=1),
+    "ng-gnn": ng_gnn_rule(8, num_layers=1, num_hidden=1),
     "ng-t": ng_t_rule(8, num_layers=1, num_hidden=1),
-    "nfn": nfn_rule(8, num_layers=2, num_hidden=1),
+    "nfn": nfn_rule(8, num_layers=1, num_hidden=1),
     "celo2": Celo2Rule(width=8),
 }
 SIZES = (4, 8, 2)

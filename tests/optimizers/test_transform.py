@@ -16,7 +16,24 @@ from ngjax.optimizers import GraphRule, init_meta_params, ng_learned_opt
 from ngjax.optimizers.parts import inferred_spec
 from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run, scan_steps, stacked
 
-pytestmark = pytest.mark.parametrize("name", RULES)
+# What concerns the transformation and not the rule is tried with one rule on tensors and one on graphs: compiling is
+# most of the cost.
+FEW = ("ff", "ng-gnn")
+TESTED_WITH_FEW = (
+    "test_bfloat16_rounds_only_the_result",
+    "test_gradients_may_be_more_precise_than_parameters",
+    "test_saved_and_restored",
+    "test_leaves_that_are_no_floating_arrays_are_named",
+)
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.function is test_inside_other_transformations:
+        pairs = [(row, name) for row in CONTRACT for name in (RULES if row in ("chain", "masked") else FEW)]
+        metafunc.parametrize(("row", "name"), pairs)
+    else:
+        metafunc.parametrize("name", FEW if metafunc.function.__name__ in TESTED_WITH_FEW else RULES)
+
 
 PARAMS = normal(0)
 GRADIENTS = [normal(1 + t, scale=10.0**-t) for t in range(3)]
@@ -103,7 +120,6 @@ CONTRACT = {
 }
 
 
-@pytest.mark.parametrize("row", CONTRACT)
 def test_inside_other_transformations(name, row):
     wrap, gradients, expected = CONTRACT[row]
     # MultiSteps divides by an integer.

@@ -7,13 +7,14 @@ each relative to its tensor.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 MOMENTUM_DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)
 NUM_FEATURES = 2 * (2 + len(MOMENTUM_DECAYS))
@@ -34,6 +35,11 @@ def update_momenta(momenta: Sequence[Float[Array, "*s"]], gradient: Float[Array,
     """`m <- decay m + g` for each of `MOMENTUM_DECAYS`: a sum, without bias correction, in float32."""
     gradient = gradient.astype(jnp.float32)
     return tuple(decay * m + gradient for decay, m in zip(MOMENTUM_DECAYS, momenta, strict=True))
+
+
+def had_gradient(momenta: Sequence[Float[Array, "*s"]]) -> Bool[Array, "*s"]:
+    """Which scalars ever had a gradient that was not zero, as far as their updated momenta remember."""
+    return functools.reduce(jnp.logical_or, [m != 0 for m in momenta])
 
 
 def log_sign(x: Float[Array, "... C"]) -> Float[Array, "... 2*C"]:

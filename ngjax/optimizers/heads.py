@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 STEP_SCALE = 0.01
 MAGNITUDE_SCALE = 0.01
@@ -81,10 +81,14 @@ def paper_step(head: Float[Array, "... 2"]) -> Float[Array, "..."]:
     return head[..., 0] * STEP_SCALE * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
 
 
-def normalized_step(head: Float[Array, "*s 2"]) -> Float[Array, "*s"]:
-    """The direction `s exp(0.01 m)` divided by its root mean square over the tensor; a learning rate sets its size."""
-    direction = head[..., 0] * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
-    mean_square = jnp.sum(direction**2) / max(1, direction.size)
+def normalized_step(head: Float[Array, "*s 2"], moving: Bool[Array, "*s"]) -> Float[Array, "*s"]:
+    """The direction `s exp(0.01 m)` divided by its root mean square over the tensor; a learning rate sets its size.
+
+    Scalars that are not `moving` have direction zero and do not count in the mean: normalized, a rule's answer to no
+    gradient at all would be a step as large as any other.
+    """
+    direction = jnp.where(moving, head[..., 0] * jnp.exp(MAGNITUDE_SCALE * head[..., 1]), 0)
+    mean_square = jnp.sum(direction**2) / jnp.maximum(1, jnp.sum(moving, dtype=direction.dtype))
     # The maximum keeps the derivative of the root finite, and a tensor without a direction where it is.
     return direction * jax.lax.rsqrt(jnp.maximum(mean_square, SMALLEST_DIRECTION**2))
 

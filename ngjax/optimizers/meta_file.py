@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -24,7 +23,7 @@ class MetaFile(NamedTuple):
     """What a file holds.
 
     Attributes:
-      theta: meta-parameters, for `ng_learned_opt`.
+      theta: meta-parameters, for `ng_learned_opt`, as NumPy arrays.
       metadata: what was stored beside them: rule, form of the step, settings and so on.
     """
 
@@ -72,7 +71,7 @@ def load_meta_params(path: str | os.PathLike[str]) -> MetaFile:
                     f"{path} has format {header.get('format')!r}, version {header.get('version')}; expected "
                     f"{_FORMAT!r}, version {_VERSION}"
                 )
-            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118, not a dict
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     return MetaFile(traverse_util.unflatten_dict(arrays, sep="/"), json.loads(header["metadata"]))

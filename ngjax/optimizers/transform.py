@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ngjax.optimizers.features import MOMENTUM_DECAYS, update_momenta
+from ngjax.optimizers.features import MOMENTUM_DECAYS, had_gradient, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.heads import normalized_step, paper_step
 from ngjax.optimizers.leaves import check_same, read_leaves
@@ -54,14 +54,14 @@ def ng_learned_opt(
     meta_params: Mapping[str, Any] | None = None,
     step: str = "normalized",
     learning_rate: optax.ScalarOrSchedule | None = None,
-    weight_decay: float = 0.0,
-    clip: float | None = None,
-    dtype: Any = jnp.float32,
+    weight_decay: float | Array = 0.0,
+    clip: float | Array | None = None,
+    dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """A learned optimizer (Kofinas et al. 2024, section 4.3): updates that a meta-trained network computes.
 
-    `update(gradients, state, params)` returns what is to be added to the parameters. State and updates are computed in
-    float32 and returned in the dtypes of the parameters. Updates are finite where gradients, parameters and
+    `update(gradients, state, params)` returns what is to be added to the parameters. State is float32; updates
+    are computed in float32 and have the dtypes of the parameters. Updates are finite where gradients, parameters and
     meta-parameters are, from 1e-30 to 1e30; gradients that are not finite give updates that are not, for
     `optax.apply_if_finite` to notice. Leaves that are masked (`optax.MaskedNode`, `None`) are left out as in all of
     `optax`.
@@ -76,13 +76,14 @@ def ng_learned_opt(
         every scalar is updated without a graph; `"lstm"` takes the order of the names, see `natural_layer_order`.
       meta_params: what `init_meta_params` returned, meta-trained; `None` for those that come with the package. They may
         be traced, so that gradients with respect to them can be taken.
-      step: `"normalized"`: a direction whose root mean square over each tensor is one, times the learning rate.
+      step: `"normalized"`: a direction whose root mean square over each tensor is one, times the learning rate. Scalars
+        that never had a gradient do not move and do not count; a tensor of one number moves by the learning rate.
         `"paper"`: direction and magnitude are learned. Meta-parameters belong to the one they were meta-trained with.
       learning_rate: what a step is multiplied by, a number or a function of the steps taken; `None` for 1 with
         `"paper"`, and 0.01 with `"normalized"`.
       weight_decay: the learning rate times this times the parameters is subtracted, as in AdamW.
       clip: greatest size of each number of a step, before it is multiplied by the learning rate.
-      dtype: of the rule's computation, as `jnp.bfloat16`; state and updates stay float32.
+      dtype: of the rule's computation, as `"bfloat16"`; state and updates stay float32.
 
     Raises:
       ValueError: an unknown rule or step; no meta-parameters where none are shipped; those of another rule or size; a
@@ -121,9 +122,9 @@ def learned_opt(
     meta_params: Mapping[str, Any] | None,
     step: str,
     learning_rate: optax.ScalarOrSchedule | None = None,
-    weight_decay: float = 0.0,
-    clip: float | None = None,
-    dtype: Any = jnp.float32,
+    weight_decay: float | Array = 0.0,
+    clip: float | Array | None = None,
+    dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """`ng_learned_opt` for any layout of the leaves. Other arguments and errors as there."""
     for name, value in (("weight_decay", weight_decay), ("clip", clip)):
@@ -132,7 +133,7 @@ def learned_opt(
     size_of, default_rate = _STEPS[step]
     rate = default_rate if learning_rate is None else learning_rate
     theta = checked_meta_params(rule, meta_params)
-    computing = in_dtype(rule, dtype)
+    computing = in_dtype(rule, jnp.dtype(dtype))
 
     def init(params: PyTree) -> LearnedOptState:
         leaves = read_leaves("parameter", params)
@@ -160,15 +161,15 @@ def learned_opt(
         heads = _apply(computing, theta, features, layout_of(values.paths, values.shapes))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
-        def total(head: Array, value: Array) -> Array:
-            taken = size_of(head)
+        def total(head: Array, value: Array, momenta: Sequence[Array]) -> Array:
+            taken = size_of(head, momenta)
             if clip is not None:
                 taken = jnp.clip(taken, -clip, clip)
             if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
                 taken = taken - weight_decay * value.astype(jnp.float32)
             return (factor * taken).astype(value.dtype)
 
-        new_updates = [total(head, value) for head, value in zip(heads, values.arrays, strict=True)]
+        new_updates = [total(*leaf) for leaf in zip(heads, values.arrays, new_momenta, strict=True)]
         new_state = LearnedOptState(
             optax.safe_increment(state.count),
             tuple(m.treedef.unflatten(column) for m, column in zip(momenta, _columns(new_momenta), strict=True)),
@@ -178,10 +179,10 @@ def learned_opt(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-_STEPS: dict[str, tuple[Callable[[Array], Array], float]] = {
-    # From the head's two numbers to the step, and the learning rate where none is given.
-    "normalized": (normalized_step, 0.01),
-    "paper": (paper_step, 1.0),
+_STEPS: dict[str, tuple[Callable[[Array, Sequence[Array]], Array], float]] = {
+    # From the head's two numbers and the momenta to the step, and the learning rate where none is given.
+    "normalized": (lambda head, momenta: normalized_step(head, had_gradient(momenta)), 0.01),
+    "paper": (lambda head, _: paper_step(head), 1.0),
 }
 
 

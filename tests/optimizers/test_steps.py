@@ -8,6 +8,7 @@ import pytest
 
 import ngjax
 from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, shipped
+from ngjax.optimizers.named_rules import ng_gnn_rule
 from ngjax.optimizers.parts import inferred_spec
 from tests.optimizers.small import RULES, SPEC, assert_close, meta_params, normal, run
 
@@ -39,9 +40,23 @@ def test_a_normalized_step_is_the_direction_of_the_papers():
 
 
 def test_a_direction_of_zero_stays_zero_and_its_gradient_finite():
-    head = jnp.zeros((3, 2))
-    assert np.all(heads.normalized_step(head) == 0)
-    assert np.all(np.isfinite(jax.grad(lambda head: jnp.sum(heads.normalized_step(head)))(head)))
+    head, moving = jnp.zeros((3, 2)), jnp.ones(3, bool)
+    assert np.all(heads.normalized_step(head, moving) == 0)
+    assert np.all(np.isfinite(jax.grad(lambda head: jnp.sum(heads.normalized_step(head, moving)))(head)))
+
+
+@pytest.mark.parametrize("name", ["ff", "ng-gnn"])
+def test_scalars_without_any_gradient_stay_where_they_are(name):
+    # A layer behind stop_gradient, and rows of a table that were not looked up: normalized, they would run away.
+    without = [jax.tree.map(np.copy, gradient) for gradient in GRADIENTS]
+    for gradient in without:
+        gradient["layer_0"]["bias"][:] = 0
+        gradient["layer_0"]["kernel"][1:] = 0
+    without[1]["layer_0"]["kernel"][0] = 0  # had a gradient before, and goes on
+    found = updates(name, without, learning_rate=0.3)["layer_0"]
+    assert np.all(found["bias"] == 0)
+    assert np.all(found["kernel"][:, 1:] == 0)
+    np.testing.assert_allclose(np.sqrt(np.mean(found["kernel"][:, 0] ** 2, axis=1)), 0.3, rtol=1e-5)
 
 
 def test_learning_rates_may_be_schedules_of_the_steps_taken():
@@ -50,6 +65,15 @@ def test_learning_rates_may_be_schedules_of_the_steps_taken():
     assert_close(
         falling, jax.tree.map(lambda leaf: leaf * factors.reshape(-1, *[1] * (leaf.ndim - 1)), fixed), tolerance=1e-5
     )
+
+
+def test_hyperparameters_may_be_injected():
+    falling = optax.linear_schedule(1.0, 0.0, 4)
+    inject = optax.inject_hyperparams(ng_learned_opt, static_args=("rule",))
+    optimizer = inject(RULES["ff"], meta_params=meta_params("ff"), learning_rate=falling, weight_decay=0.1)
+    found, state = run(optimizer, PARAMS, GRADIENTS)
+    assert_close(found, updates(learning_rate=falling, weight_decay=0.1))
+    assert state.hyperparams["learning_rate"] == 0.5
 
 
 @pytest.mark.parametrize("step", ["normalized", "paper"])
@@ -112,8 +136,8 @@ def test_the_graph_tells_scalars_with_the_same_features_apart():
     params = jax.tree.map(np.ones_like, PARAMS)
     gradient = jax.tree.map(np.copy, params)
     gradient["layer_1"]["kernel"][0] = 5.0
-    for name in ("ff", "ng-gnn"):
-        optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), spec=SPEC)
+    for name, rule in {"ff": RULES["ff"], "ng-gnn": ng_gnn_rule(8, num_layers=2, num_hidden=1)}.items():
+        optimizer = ng_learned_opt(rule, meta_params=init_meta_params(jax.random.key(7), rule), spec=SPEC)
         first, second, *_ = run(optimizer, params, [gradient])[0]["layer_0"]["kernel"][0, 0]
         assert (abs(first - second) > 1e-6) == (name == "ng-gnn")
 
@@ -151,6 +175,16 @@ def test_shipped_meta_parameters_are_those_of_their_rule(name):
     )
     found = run(ng_learned_opt(rule, step=step), PARAMS, GRADIENTS)[0]
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(found))
+
+
+def test_shipped_meta_parameters_may_first_be_read_under_a_trace():
+    shipped.shipped_meta_params.cache_clear()
+    optimizer = optax.inject_hyperparams(ng_learned_opt)("ff", learning_rate=0.02)
+    state = jax.jit(optimizer.init)(PARAMS)
+    for _ in range(2):
+        found, state = jax.jit(optimizer.update)(GRADIENTS[0], state, PARAMS)
+    expected = run(ng_learned_opt("ff", learning_rate=0.02), PARAMS, 2 * GRADIENTS[:1])[0]
+    assert_close(found, jax.tree.map(lambda leaf: leaf[1], expected))
 
 
 def test_rules_without_shipped_weights_name_those_that_have_them():

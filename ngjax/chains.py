@@ -26,6 +26,7 @@ from ngjax.spec import (
     format_path,
     param_view,
     path_keys,
+    without_value,
 )
 
 # -- described by sizes ------------------------------------------------------------------------------------------------
@@ -325,6 +326,7 @@ def _kernel_view(param: int, layer: Layer, positions: int, *, channels_first: bo
 
 # Flax and Haiku: [*taps, in, out]; Equinox and PyTorch: [out, in, *taps].
 _OUT_FIRST = {"kernel": False, "w": False, "weight": True}
+KERNEL_NAMES = tuple(_OUT_FIRST)
 BIAS_NAMES = ("bias", "b")
 # Layers whose kernels are laid out in other ways, or are none.
 _FOREIGN_NAMES = ("transpose", "embed")
@@ -460,11 +462,13 @@ def _check_convolutions(chain: Sequence[NamedLayer]) -> None:
     orders = {layer.out_first for layer in convolutions}
     if len(orders) > 1 or len({layer.channels_first for layer in convolutions if layer.bias is not None}) > 1:
         raise ValueError(f"the convolutions {first.name} and {last.name} are not laid out alike; {_ADVICE}")
-    leading = {layer.shape[0] for layer in convolutions}
-    if not dense and len(leading) == 1 and all(layer.bias is None for layer in convolutions):
+    # Networks stacked along the first axis, or the layers of nn.scan between dense ones.
+    of_one_length = len({layer.shape[0] for layer in convolutions}) == 1
+    could_be_stacks = of_one_length and (not dense or all(layer.n_in == layer.n_out for layer in convolutions))
+    if could_be_stacks and all(layer.bias is None for layer in convolutions):
         raise ValueError(
-            f"{first.name} {first.shape}: without any bias or dense layer, names and shapes do not tell convolutions "
-            f"from networks stacked along the first axis; {_ADVICE}"
+            f"{first.name} {first.shape}: without any bias, names and shapes do not tell convolutions from layers or "
+            f"networks stacked along the first axis; {_ADVICE}"
         )
     if not dense:
         return
@@ -564,10 +568,7 @@ def _pieces(part: str) -> list[str]:
 
 def name_parts(path: Path) -> list[Any]:
     """Names from root to leaf: names with dots or slashes taken apart, the `value` of an NNX variable left out."""
-    steps = list(path)
-    if len(steps) > 1 and steps[-1].kind == "attr" and steps[-1].key == "value":
-        steps = steps[:-1]
     parts: list[Any] = []
-    for step in steps:
+    for step in without_value(path):
         parts += re.split(r"[./]", step.key) if isinstance(step.key, str) else [step.key]
     return parts

@@ -24,11 +24,12 @@ from ngjax.nn import NGGNN, NGT, EncoderConfig, GraphReadout, ParamsReadout, Wei
 from ngjax.optimizers.features import MOMENTUM_DECAYS, NUM_FEATURES, PREPROCESS_P
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.heads import MAGNITUDE_SCALE, STEP_SCALE
+from ngjax.optimizers.leaves import Leaves
 from ngjax.optimizers.named_rules import Rule
 from ngjax.optimizers.parts import inferred_spec
 from ngjax.optimizers.rules import FFRule, LSTMRule
 from ngjax.optimizers.transform import Layout, learned_opt
-from ngjax.spec import NeuralGraphSpec, Path, path_keys
+from ngjax.spec import NeuralGraphSpec, path_keys
 from ngjax.zoo.siren import apply_siren
 
 REPAIRS = ("alignment", "normalization", "masking")
@@ -427,7 +428,8 @@ def _learned_optimizer(
     places = {name: i for i, name in enumerate(config["parameter_order"])}
     rule, meta_params = reference_rule(config, state_dict, repair=repair)
 
-    def recorded_layout(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> Layout:
+    def recorded_layout(leaves: Leaves) -> Layout:
+        paths, shapes = leaves.paths, leaves.shapes
         names = [".".join(map(str, path_keys(path))) for path in paths]
         unknown = [name for name in names if name not in places]
         if unknown:

@@ -571,6 +571,12 @@ def path_keys(path: Path) -> tuple[Any, ...]:
     return tuple(step.key for step in path)
 
 
+def without_value(path: Path) -> Path:
+    """The path of a variable without the attribute of its array, which NNX shows at times and hides at others."""
+    is_value = len(path) > 1 and path[-1].kind == "attr" and path[-1].key == "value"
+    return path[:-1] if is_value else path
+
+
 def repeated_params(params: Sequence[ParamSpec], outputs: Sequence[tuple[Path, tuple[int, ...]]]) -> list[int | None]:
     """For each output of a function the number of the parameter that it is again: new running statistics, an update.
 

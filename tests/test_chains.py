@@ -742,6 +742,8 @@ def layers(kernel="kernel", bias=True, /, **shapes):
         # Networks stacked along the first axis look like convolutions of one spatial axis.
         (layers("kernel", False, d_0=(9, 3, 4), d_1=(9, 4, 2)), r"stacked along the first axis"),
         (layers("weight", False, d_0=(9, 4, 3)), r"stacked along the first axis"),
+        # The layers of nn.scan before a dense one.
+        (layers("kernel", False, d_0=(3, 4, 4), d_1=(4, 2)), r"layers or networks stacked along the first axis"),
         # Kernels with other axes.
         (
             layers(c_0=(3, 3, 1, 4), ConvTranspose_0=(3, 3, 4, 4)),

@@ -6,18 +6,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, PyTree
 
-from ngjax.spec import Path, flatten_with_path, format_path, path_keys
+from ngjax.spec import Path, flatten_with_path, format_path, path_keys, without_value
 
 
 class Leaves(NamedTuple):
-    """The leaves of a tree, as arrays, and what messages call them."""
+    """The leaves of a tree, as arrays, and what messages call them.
+
+    Attributes:
+      what: the tree is one of.
+      paths: of the leaves; the `value` of an NNX variable is left out.
+      arrays: the leaves.
+      treedef: of the tree.
+      left_out: paths of places where leaves are masked or `None`.
+    """
 
     what: str
     paths: list[Path]
     arrays: list[Array]
     treedef: jax.tree_util.PyTreeDef
+    left_out: list[Path]
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -42,7 +52,16 @@ def read_leaves(what: str, tree: PyTree) -> Leaves:
                 f"{what} {format_path(path)}: expected a real floating array, received {received}; "
                 "optax.masked leaves it out"
             )
-    return Leaves(what, [path for path, _ in pairs], [jnp.asarray(leaf) for _, leaf in pairs], treedef)
+    paths = [without_value(path) for path, _ in pairs]
+    return Leaves(what, paths, [jnp.asarray(leaf) for _, leaf in pairs], treedef, _left_out(tree))
+
+
+def _left_out(tree: PyTree) -> list[Path]:
+    def is_left_out(node: Any) -> bool:
+        return node is None or isinstance(node, optax.MaskedNode)
+
+    shown = jax.tree.map(is_left_out, tree, is_leaf=is_left_out)
+    return [without_value(path) for path, left_out in flatten_with_path(shown)[0] if left_out]
 
 
 def check_same(expected: Leaves, received: Leaves) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ngjax.chains import infer_spec
-from ngjax.spec import NeuralGraphSpec, ParamSpec, ParamView, Path, PathKey, path_keys
+from ngjax.chains import KERNEL_NAMES, infer_spec, name_parts, natural_order
+from ngjax.spec import NeuralGraphSpec, ParamSpec, ParamView, Path, PathKey, format_path, path_keys, without_value
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -23,11 +23,11 @@ def check_leaves(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Sequence[
     Raises:
       ValueError: a leaf is no floating parameter of the spec, or of another shape. The spec may have more parameters.
     """
-    numbers = {path_keys(param.path): i for i, param in enumerate(spec.params) if param.is_floating}
+    numbers = {path_keys(without_value(param.path)): i for i, param in enumerate(spec.params) if param.is_floating}
     found = []
     for path, shape in zip(paths, shapes, strict=True):
         name = "/".join(map(str, path_keys(path))) or "<root>"
-        number = numbers.get(path_keys(path))
+        number = numbers.get(path_keys(without_value(path)))
         if number is None:
             raise ValueError(f"parameter {name} {shape} is not part of the spec")
         expected = spec.params[number].shape
@@ -70,8 +70,11 @@ def list_spec(spec: NeuralGraphSpec, paths: tuple[Path, ...], shapes: Shapes) ->
 
 
 @functools.lru_cache(maxsize=64)
-def inferred_spec(paths: tuple[Path, ...], shapes: Shapes) -> NeuralGraphSpec | None:
-    """The spec of the list of these leaves, as `infer_spec` reads it off names and shapes, or `None` with a warning."""
+def inferred_spec(paths: tuple[Path, ...], shapes: Shapes, left_out: tuple[Path, ...] = ()) -> NeuralGraphSpec | None:
+    """The spec of the list of these leaves, as `infer_spec` reads it off names and shapes, or `None` with a warning.
+
+    Where a kernel is left out between others, no spec is inferred: the layers around it may seem to chain.
+    """
     tree: dict[str, jax.ShapeDtypeStruct] = {
         "/".join(map(str, path_keys(path))): jax.ShapeDtypeStruct(shape, jnp.float32)
         for path, shape in zip(paths, shapes, strict=True)
@@ -79,17 +82,27 @@ def inferred_spec(paths: tuple[Path, ...], shapes: Shapes) -> NeuralGraphSpec | 
     if not tree:
         return None
     try:
+        _check_gaps(paths, left_out)
         spec = infer_spec(tree)
     except ValueError as error:
         warnings.warn(
             f"no graph could be inferred from names and shapes, so {_count(shapes):,} parameters are "
             "updated one by one, without what their neighbours know; pass "
-            f"ng_learned_opt(..., spec=ngjax.trace_spec(apply_fn, params, *inputs)). The reason: {error}",
+            "ng_learned_opt(..., spec=ngjax.trace_spec(apply_fn, params, *inputs)), or take a rule that reads no "
+            f"graph, as ng_learned_opt('ff'). The reason: {error}",
             stacklevel=2,
         )
         return None
     names = tuple((PathKey("dict", name),) for name in tree)
     return list_spec(spec, names, shapes)
+
+
+def _check_gaps(paths: Sequence[Path], left_out: Sequence[Path]) -> None:
+    names = [natural_order(tuple(map(str, name_parts(path)))) for path in paths]
+    for path in left_out:
+        parts = name_parts(path)
+        if parts[-1:] and parts[-1] in KERNEL_NAMES and min(names) < natural_order(tuple(map(str, parts))) < max(names):
+            raise ValueError(f"{format_path(path)} is masked or None, and there are parameters before and behind it")
 
 
 def _count(shapes: Shapes) -> int:

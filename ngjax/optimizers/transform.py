@@ -9,19 +9,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ngjax.optimizers.features import MOMENTUM_DECAYS, had_gradient, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.heads import normalized_step, paper_step
-from ngjax.optimizers.leaves import check_same, read_leaves
+from ngjax.optimizers.leaves import Leaves, check_same, read_leaves
 from ngjax.optimizers.meta_params import checked_meta_params
 from ngjax.optimizers.named_rules import Rule, find_rule, in_dtype
 from ngjax.optimizers.order import natural_layer_order, spec_layer_order
 from ngjax.optimizers.parts import inferred_spec, list_spec
 from ngjax.optimizers.shipped import shipped_meta_params
-from ngjax.spec import NeuralGraphSpec, Path
+from ngjax.spec import NeuralGraphSpec
 
 
 class Layout(NamedTuple):
@@ -31,8 +32,8 @@ class Layout(NamedTuple):
     spec: NeuralGraphSpec | None = None
 
 
-LayoutOf = Callable[[Sequence[Path], Sequence[tuple[int, ...]]], Layout]
-"""From paths and shapes of the leaves to their layout."""
+LayoutOf = Callable[[Leaves], Layout]
+"""From the parameters to their layout."""
 
 
 class LearnedOptState(NamedTuple):
@@ -60,11 +61,12 @@ def ng_learned_opt(
 ) -> optax.GradientTransformationExtraArgs:
     """A learned optimizer (Kofinas et al. 2024, section 4.3): updates that a meta-trained network computes.
 
-    `update(gradients, state, params)` returns what is to be added to the parameters. State is float32; updates
-    are computed in float32 and have the dtypes of the parameters. Updates are finite where gradients, parameters and
+    `update(gradients, state, params)` returns what is to be added to the parameters. State is float32; updates are
+    computed in float32 and have the dtypes of the parameters. Updates are finite where gradients, parameters and
     meta-parameters are, from 1e-30 to 1e30; gradients that are not finite give updates that are not, for
-    `optax.apply_if_finite` to notice. Leaves that are masked (`optax.MaskedNode`, `None`) are left out as in all of
-    `optax`.
+    `optax.apply_if_finite` to notice: a rule that reads a graph carries them through all of it, and momenta keep them.
+    Leaves that are masked (`optax.MaskedNode`, `None`) are left out as in all of `optax`. (`optax.inject_hyperparams`
+    takes a rule that is an object for a schedule, unless told `static_args=("rule",)`.)
 
     Args:
       rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself,
@@ -72,8 +74,10 @@ def ng_learned_opt(
         as `FFRule(width=32)`.
       spec: of the architecture, as `trace_spec` makes it. It is the graph of rules that read one and tells `"lstm"` the
         order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
-        graphs are inferred from names and shapes (`infer_spec`), and where that is refused one warning says so and
-        every scalar is updated without a graph; `"lstm"` takes the order of the names, see `natural_layer_order`.
+        graphs are inferred from names and shapes, which assumes a chain of layers that are called in the order of their
+        names (`infer_spec` says what this misses: branches, residual blocks, blocks in Linen that call a layer on
+        another one made later). Where that is refused, as for normalization layers, one warning says so and every
+        scalar is updated without a graph; `"lstm"` takes the order of the names, see `natural_layer_order`.
       meta_params: what `init_meta_params` returned, meta-trained; `None` for those that come with the package. They may
         be traced, so that gradients with respect to them can be taken.
       step: `"normalized"`: a direction whose root mean square over each tensor is one, times the learning rate. Scalars
@@ -87,21 +91,25 @@ def ng_learned_opt(
 
     Raises:
       ValueError: an unknown rule or step; no meta-parameters where none are shipped; those of another rule or size; a
-        negative number. `init`: a leaf that the spec does not have. `update`: no `params`; other leaves than those
-        `init` saw.
-      TypeError: meta-parameters, parameters or gradients that are not real floating arrays.
+        negative number; a dtype that JAX does not compute in. `init`: a leaf that the spec does not have. `update`: no
+        `params`; other leaves than those `init` saw.
+      TypeError: meta-parameters, parameters or gradients that are not real floating arrays; a spec, a number or a state
+        that is none.
     """
     found = find_rule(rule)
+    if spec is not None and not isinstance(spec, NeuralGraphSpec):
+        raise TypeError(f"spec: expected a NeuralGraphSpec, as trace_spec makes it; received {type(spec).__name__}")
     if step not in _STEPS:
         raise ValueError(f"unknown step {step!r}; known are {', '.join(_STEPS)}")
     if meta_params is None and isinstance(rule, str):
         meta_params = shipped_meta_params(rule, step)
 
-    def layout_of(paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> Layout:
-        if isinstance(found, GraphRule):
-            names = tuple(paths), tuple(shapes)
-            return Layout(range(len(paths)), inferred_spec(*names) if spec is None else list_spec(spec, *names))
-        return Layout(natural_layer_order(paths, shapes) if spec is None else spec_layer_order(spec, paths, shapes))
+    def layout_of(leaves: Leaves) -> Layout:
+        names = tuple(leaves.paths), tuple(leaves.shapes)
+        if not isinstance(found, GraphRule):
+            return Layout(natural_layer_order(*names) if spec is None else spec_layer_order(spec, *names))
+        inferred = inferred_spec(*names, tuple(leaves.left_out)) if spec is None else list_spec(spec, *names)
+        return Layout(range(len(leaves.paths)), inferred)
 
     return learned_opt(
         found,
@@ -127,17 +135,20 @@ def learned_opt(
     dtype: Any = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """`ng_learned_opt` for any layout of the leaves. Other arguments and errors as there."""
-    for name, value in (("weight_decay", weight_decay), ("clip", clip)):
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"{name}: expected a number of at least 0, received {value}")
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay), ("clip", clip)):
+        if value is not None and not (name == "learning_rate" and callable(value)):
+            _check_amount(name, value)
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"dtype: expected a floating type that JAX computes in, as bfloat16; received {dtype}")
     size_of, default_rate = _STEPS[step]
     rate = default_rate if learning_rate is None else learning_rate
     theta = checked_meta_params(rule, meta_params)
-    computing = in_dtype(rule, jnp.dtype(dtype))
+    computing = in_dtype(rule, dtype)
 
     def init(params: PyTree) -> LearnedOptState:
         leaves = read_leaves("parameter", params)
-        layout_of(leaves.paths, leaves.shapes)  # a spec that does not fit is refused here
+        layout_of(leaves)  # a spec that does not fit is refused here
         momenta = tuple(
             jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), params) for _ in MOMENTUM_DECAYS
         )
@@ -149,6 +160,8 @@ def learned_opt(
         del extra_args
         if params is None:
             raise ValueError("argument params is missing: a learned optimizer needs update(gradients, state, params)")
+        if not isinstance(state, LearnedOptState):
+            raise TypeError(f"state: expected what init returned, a LearnedOptState; received {type(state).__name__}")
         momenta = [read_leaves("momentum", tree) for tree in state.momenta]
         gradients, values = read_leaves("gradient", updates), read_leaves("parameter", params)
         check_same(momenta[0], gradients)
@@ -158,7 +171,7 @@ def learned_opt(
             for gradient, *old in zip(gradients.arrays, *(m.arrays for m in momenta), strict=True)
         ]
         features = [rule.reads.of(*leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)]
-        heads = _apply(computing, theta, features, layout_of(values.paths, values.shapes))
+        heads = _apply(computing, theta, features, layout_of(values))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
         def total(head: Array, value: Array, momenta: Sequence[Array]) -> Array:
@@ -177,6 +190,14 @@ def learned_opt(
         return gradients.treedef.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_amount(name: str, value: Any) -> None:
+    """Raises where a number is none, negative or NaN; numbers that are traced cannot be looked at."""
+    if not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) or np.ndim(value):
+        raise TypeError(f"{name}: expected a number, received {value!r}")
+    if not isinstance(value, jax.core.Tracer) and not value >= 0:
+        raise ValueError(f"{name}: expected a number of at least 0, received {value}")
 
 
 _STEPS: dict[str, tuple[Callable[[Array, Sequence[Array]], Array], float]] = {

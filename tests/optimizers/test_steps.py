@@ -1,10 +1,13 @@
 """What `ng_learned_opt` does with the numbers of a rule: forms of the step, learning rate, decay, clipping, dtype."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import ngjax
 from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, shipped
@@ -105,11 +108,15 @@ def test_computing_in_bfloat16_keeps_float32_state_and_is_near(name):
     [
         ({"step": "cosine"}, "unknown step 'cosine'; known are normalized, paper"),
         ({"weight_decay": -0.1}, "weight_decay: expected a number of at least 0, received -0.1"),
-        ({"clip": float("nan")}, "clip: expected a number of at least 0, received nan"),
+        ({"clip": jnp.float32("nan")}, "clip: expected a number of at least 0, received nan"),
+        ({"learning_rate": jnp.float32(-0.1)}, "learning_rate: expected a number of at least 0, received -0.1"),
+        ({"dtype": "int32"}, "dtype: expected a floating type that JAX computes in, as bfloat16; received int32"),
+        ({"dtype": "float64"}, "dtype: .* received float64"),
+        ({"learning_rate": jnp.ones(2)}, r"learning_rate: expected a number, received Array\(\[1., 1.\]"),
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         ng_learned_opt(RULES["ff"], meta_params=meta_params("ff"), **options)
 
 
@@ -129,6 +136,37 @@ def test_what_has_no_graph_is_updated_one_by_one_with_one_warning():
         state = optimizer.init(strange)
     found, _ = optimizer.update(strange, state, strange)  # where a warning would be an error
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(found))
+
+
+LAYERS = {f"Dense_{i}": {"kernel": np.ones((4, 4), np.float32), "bias": np.ones(4, np.float32)} for i in range(3)}
+
+
+@pytest.mark.parametrize("missing", [optax.MaskedNode(), None])
+@pytest.mark.parametrize(("number", "is_gap"), [(0, False), (1, True), (2, False)])
+def test_no_graph_is_inferred_over_a_gap(number, is_gap, missing):
+    inferred_spec.cache_clear()
+    frozen = {**LAYERS, f"Dense_{number}": {"kernel": missing, "bias": missing}}
+    optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"))
+    match = f"Dense_{number}/kernel is masked or None, and there are parameters before and behind"
+    with pytest.warns(UserWarning, match=match) if is_gap else contextlib.nullcontext():
+        optimizer.init(frozen)
+
+
+def test_the_value_of_nnx_variables_may_be_shown_or_hidden():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    x = np.ones((5, 3), np.float32)
+    spec = ngjax.trace_spec(lambda params, x: nnx.merge(graph, params, rest)(x), params, x)
+    learned = {"meta_params": meta_params("ng-gnn"), "learning_rate": 0.1}
+    before, after = jax.tree.leaves(params), []
+    for options in ({"spec": spec}, {}):
+        trained = nnx.clone(model)
+        optimizer = nnx.Optimizer(trained, ng_learned_opt(RULES["ng-gnn"], **options, **learned), wrt=nnx.Param)
+        optimizer.update(trained, nnx.grad(lambda model: jnp.mean(model(x) ** 2))(trained))
+        after.append(jax.tree.leaves(nnx.state(trained, nnx.Param)))
+    for found, inferred, start in zip(*after, before, strict=True):
+        assert np.any(found != start)
+        np.testing.assert_allclose(found, inferred, rtol=1e-5)
 
 
 def test_the_graph_tells_scalars_with_the_same_features_apart():

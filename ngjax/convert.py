@@ -496,7 +496,11 @@ def _graph_rule(
     else:
         widths = dict.fromkeys(("node_dim", "edge_dim", "attention_dim", "edge_mlp_dim"), width)
         wide = dict.fromkeys(("node_mlp_dim", "second_edge_mlp_dim"), 2 * width)
-        others = {"num_heads": config["heads"], "pooling": "class_token" if config["class_token"] else None}
+        others = {
+            "num_heads": config["heads"],
+            "pooling": "class_token" if config["class_token"] else None,
+            "last_layer_edge_update": "edges",  # no other pairs are read
+        }
         backbone, params = _transformer({**config, **shape, **widths, **wide, **others}, state, encoder, repair)
         readout = {f"readout_{i}": state.linear(f"proj_out.{2 * i}") for i in range(3)}
     misaligned = kind == "gnn" and config["alignment"] == "reference" and "alignment" not in repair

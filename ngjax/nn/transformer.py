@@ -20,7 +20,7 @@ from ngjax.graph import GroupedGraph
 from ngjax.nn.activations import gelu
 from ngjax.nn.encoder import EncoderConfig, GraphEncoder
 from ngjax.nn.linear import Dense, at_least_float32, linear
-from ngjax.nn.topology import read_graph
+from ngjax.nn.topology import Edges, Topology, read_graph
 from ngjax.spec import NeuralGraphSpec
 
 _MASKED = -1e30  # finite: a row of masked keys alone, which only padding has, stays finite as well
@@ -142,6 +142,43 @@ class Kernel(nn.Module):
         return self.param("kernel", nn.initializers.xavier_uniform(), (inputs, self.features), jnp.float32)
 
 
+class AllPairs(NamedTuple):
+    """Where a layer updates pairs: everywhere. Values of pairs, and of their ends, that broadcast to one another."""
+
+    def pairs(self, pairs: Float[Array, "... N N c"]) -> tuple[Array, ...]:
+        return (pairs,)
+
+    def source(self, nodes: Float[Array, "... N d"]) -> tuple[Array, ...]:
+        return (nodes[..., :, None, :],)
+
+    def target(self, nodes: Float[Array, "... N d"]) -> tuple[Array, ...]:
+        return (nodes[..., None, :, :],)
+
+
+class EdgesAlone(NamedTuple):
+    """Where a layer updates pairs: where there are edges, which are far fewer. Methods as those of `AllPairs`.
+
+    Attributes:
+      topology: of the graph.
+      nodes: those that belong to it, without a class token.
+    """
+
+    topology: Topology
+    nodes: slice
+
+    def pairs(self, pairs: Float[Array, "... N N c"]) -> tuple[Array, ...]:
+        return self.topology.from_pairs(pairs[..., self.nodes, self.nodes, :])
+
+    def source(self, nodes: Float[Array, "... N d"]) -> tuple[Array, ...]:
+        return self.topology.forward(self.topology.source(self._of_graph(nodes)))
+
+    def target(self, nodes: Float[Array, "... N d"]) -> tuple[Array, ...]:
+        return self.topology.forward(self.topology.target(self._of_graph(nodes)))
+
+    def _of_graph(self, nodes: Array) -> Array:
+        return self.topology.from_dense_nodes(nodes[..., self.nodes, :])
+
+
 class TransformerLayer(nn.Module):
     """One post-norm layer. Attributes as in `NGT`."""
 
@@ -153,7 +190,6 @@ class TransformerLayer(nn.Module):
     edge_mlp_hidden: int
     num_heads: int
     modulate_values: bool
-    update_edges: bool
     dropout: float
     attention_rows: int | None
     attention_out: bool
@@ -167,8 +203,9 @@ class TransformerLayer(nn.Module):
         pairs: Float[Array, "... N N c"],
         key_mask: Bool[Array, "... N"] | None,
         train: bool,
-    ) -> tuple[Float[Array, "... N d"], Float[Array, "... N N c"]]:
-        """New node and pair features."""
+        updated: AllPairs | EdgesAlone | None,
+    ) -> tuple[Float[Array, "... N d"], tuple[Array, ...]]:
+        """New node features, and new features of the pairs that are updated."""
 
         def dense(features: int, name: str, use_bias: bool = True) -> Dense:
             init = nn.initializers.xavier_uniform()
@@ -201,22 +238,27 @@ class TransformerLayer(nn.Module):
         hidden = dense(self.node_hidden, "node_mlp_0", use_bias=False)(nodes)
         hidden = dense(self.node_features, "node_mlp_1")(gelu(hidden))
         nodes = norm("node_norm_1")(nodes + drop(hidden))
-        if not self.update_edges:
-            return nodes, pairs
+        if updated is None:
+            return nodes, ()
 
-        reverse = jnp.swapaxes(pairs, -3, -2)
-        hidden = dense(self.edge_hidden, "edge_in")(jnp.concatenate([pairs, reverse], axis=-1))
-        hidden = hidden + dense(self.edge_hidden, "edge_source", use_bias=False)(nodes)[..., :, None, :]
-        hidden = hidden + dense(self.edge_hidden, "edge_target", use_bias=False)(nodes)[..., None, :, :]
+        edge_in, edge_out = dense(self.edge_hidden, "edge_in"), dense(self.edge_features, "edge_out")
+        mlp = dense(self.edge_mlp_hidden, "edge_mlp_0", use_bias=False), dense(self.edge_features, "edge_mlp_1")
+        norms = norm("edge_norm_0"), norm("edge_norm_1")
+        of_source = dense(self.edge_hidden, "edge_source", use_bias=False)(nodes)
+        of_target = dense(self.edge_hidden, "edge_target", use_bias=False)(nodes)
         if self.pair_means:
-            from_source, to_target = (mean_of_pairs(pairs, key_mask, axis) for axis in (-2, -3))
-            hidden = hidden + dense(self.edge_hidden, "edge_row", use_bias=False)(from_source)
-            hidden = hidden + dense(self.edge_hidden, "edge_column", use_bias=False)(to_target)
-        hidden = dense(self.edge_features, "edge_out")(gelu(hidden))
-        pairs = norm("edge_norm_0")(pairs + drop(hidden))
-        hidden = dense(self.edge_mlp_hidden, "edge_mlp_0", use_bias=False)(pairs)
-        hidden = dense(self.edge_features, "edge_mlp_1")(gelu(hidden))
-        return nodes, norm("edge_norm_1")(pairs + drop(hidden))
+            from_source, to_target = (jnp.squeeze(mean_of_pairs(pairs, key_mask, axis), axis) for axis in (-2, -3))
+            of_source = of_source + dense(self.edge_hidden, "edge_row", use_bias=False)(from_source)
+            of_target = of_target + dense(self.edge_hidden, "edge_column", use_bias=False)(to_target)
+
+        def update(pair: Array, reverse: Array, source: Array, target: Array) -> Array:
+            hidden = edge_in(jnp.concatenate([pair, reverse], axis=-1)) + source + target
+            pair = norms[0](pair + drop(edge_out(gelu(hidden))))
+            return norms[1](pair + drop(mlp[1](gelu(mlp[0](pair)))))
+
+        ends = updated.source(of_source), updated.target(of_target)
+        both = updated.pairs(pairs), updated.pairs(jnp.swapaxes(pairs, -3, -2))
+        return nodes, tuple(map(update, *both, *ends))
 
 
 class NGT(nn.Module):
@@ -236,7 +278,8 @@ class NGT(nn.Module):
       encoder: how weights become features.
       modulate_values: multiply node values by edges, besides adding edges to them.
       last_edge_update: update pairs in the last layer too; what reads edges (`ParamsReadout`, pooling over edges) needs
-        it, what reads nodes alone does not.
+        it, what reads nodes alone does not. `"edges"` updates the pairs that are edges, and `globals.pairs` is `None`:
+        the same edge features at less cost, for what reads no other pairs.
       class_token: add a node of its own, joined to no one, that a readout can take instead of pooling.
       dropout: rate on the branches.
       attention_out: map the heads' values once more before `node_lin`, without anything between the two.
@@ -260,7 +303,7 @@ class NGT(nn.Module):
     num_heads: int = 8
     encoder: EncoderConfig = EncoderConfig(reverse_edges=False)
     modulate_values: bool = True
-    last_edge_update: bool = True
+    last_edge_update: bool | Literal["edges"] = True
     class_token: bool = False
     attention_out: bool = True
     pair_means: bool = False
@@ -311,6 +354,11 @@ class NGT(nn.Module):
             pairs = jnp.pad(pairs, [*before, (1, 0), (1, 0), (0, 0)])
             if key_mask is not None:
                 key_mask = jnp.pad(key_mask, [(0, 0), (1, 0)], constant_values=True)
+        kept = slice(None)
+        if self.class_token:
+            kept = slice(1, None) if self.alignment == "corrected" else slice(None, -1)
+        at_edges = EdgesAlone(topology, kept) if self.last_edge_update == "edges" else None
+        new: Edges = ()
         for i in range(self.num_layers):
             layer = TransformerLayer(
                 self.node_features,
@@ -321,7 +369,6 @@ class NGT(nn.Module):
                 self.edge_mlp_hidden or self.edge_hidden,
                 self.num_heads,
                 self.modulate_values,
-                update_edges=self.last_edge_update or i < self.num_layers - 1,
                 dropout=self.dropout,
                 attention_rows=self.attention_rows,
                 attention_out=self.attention_out,
@@ -329,14 +376,18 @@ class NGT(nn.Module):
                 dtype=self.dtype,
                 name=f"layer_{i}",
             )
-            nodes, pairs = layer(nodes, pairs, key_mask, train)
+            everywhere = i < self.num_layers - 1 or self.last_edge_update is True
+            nodes, new = layer(nodes, pairs, key_mask, train, AllPairs() if everywhere else at_edges)
+            if everywhere:
+                (pairs,) = new
         updates: dict[str, Array] = {} if probes is None else {"probes": probes}
         if self.class_token:
             updates["token"] = nodes[..., 0, :]
-            kept = slice(1, None) if self.alignment == "corrected" else slice(None, -1)
-            nodes, pairs = nodes[..., kept, :], pairs[..., kept, kept, :]
-        updates["pairs"] = pairs
-        forward = tuple(edge[..., None, :] for edge in topology.from_pairs(pairs))
+        nodes, pairs = nodes[..., kept, :], pairs[..., kept, kept, :]
+        if at_edges is None:
+            updates["pairs"] = pairs
+            new = topology.from_pairs(pairs)
+        forward = tuple(edge[..., None, :] for edge in new)
         return topology.write(graph, topology.from_dense_nodes(nodes), forward, updates)
 
     def _check_memory(self, num_nodes: int) -> None:

@@ -33,6 +33,7 @@ def ng_t_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
         num_layers=num_layers,
         num_heads=4,
         encoder=EncoderConfig(reverse_edges=False, positions="depth", kernel_range=KERNEL_RANGE),
+        last_edge_update="edges",
         class_token=True,
         attention_out=False,
         pair_means=True,

@@ -1,5 +1,7 @@
 """The mathematics of NG-T by hand, and where its input is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,3 +118,19 @@ def test_the_last_edge_update_is_left_out_on_request():
     assert "edge_in" in with_update["layer_1"]
     assert "edge_in" not in without["layer_1"]
     assert "edge_in" in without["layer_0"]
+
+
+@pytest.mark.parametrize("in_groups", [True, False])
+def test_updating_edges_alone_gives_the_same_edges(in_groups):
+    spec, network = siren_spec((2, 3, 1)), one(sirens((2, 3, 1), 1), 0)
+    graph = ngjax.to_groups(spec, network) if in_groups else ngjax.to_graph(spec, network)
+    everywhere, at_edges = (ngt(last_edge_update=on, class_token=True, pair_means=True) for on in (True, "edges"))
+    variables = variables_of(everywhere, spec)
+    options = {"spec": spec} if in_groups else {}
+    expected, found = (
+        jax.jit(functools.partial(model.apply, **options))(variables, graph) for model in (everywhere, at_edges)
+    )
+    assert found.globals.pairs is None
+    assert expected.globals.pairs is not None
+    for ours, theirs in ((found.nodes, expected.nodes), (found.edges, expected.edges)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, theirs)

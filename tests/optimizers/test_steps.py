@@ -92,7 +92,7 @@ def test_clipping_bounds_every_number_before_the_learning_rate():
     assert_close(clipped, jax.tree.map(lambda leaf: np.clip(leaf, -1, 1), plain))
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["ff", "lstm", "ng-gnn", "ng-t"])
 def test_computing_in_bfloat16_keeps_float32_state_and_is_near(name):
     exact = updates(name, learning_rate=1.0)
     optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), learning_rate=1.0, dtype=jnp.bfloat16)

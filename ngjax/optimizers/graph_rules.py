@@ -48,6 +48,7 @@ class GraphRule(nn.Module):
       bias_alignment: `"reference"` reads biases from nodes that stand as many places too early as the network has
         inputs, as the PyTorch code of the paper's optimizer does with NG-GNN, which is then not equivariant.
       dtype: of the perceptron's computation; that of the backbone is its own.
+      chunk: scalars that the perceptron sees at a time.
     """
 
     reads: ClassVar[FeatureSet] = SCALAR_FEATURES
@@ -59,6 +60,7 @@ class GraphRule(nn.Module):
     shared_readout: bool = False
     bias_alignment: Literal["corrected", "reference"] = "corrected"
     dtype: Any = jnp.float32
+    chunk: int | None = None
 
     @nn.compact
     def __call__(
@@ -70,7 +72,7 @@ class GraphRule(nn.Module):
           features: of the tensors, in the order of the spec.
           spec: of the list of tensors; `None` where nothing is known of them.
         """
-        head = UpdateHead(self.width, self.num_hidden, self.dtype, name="head")
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
         loose = self.param("loose", nn.initializers.zeros, (self.width,), jnp.float32)
         if spec is None:
             return tuple(head(f, loose) for f in features)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -93,6 +93,29 @@ def normalized_step(head: Float[Array, "*s 2"], moving: Bool[Array, "*s"]) -> Fl
     return direction * jax.lax.rsqrt(jnp.maximum(mean_square, SMALLEST_DIRECTION**2))
 
 
+def in_chunks(
+    function: Callable[..., Float[Array, "... 2"]],
+    chunk: int,
+    features: Float[Array, "*s C"],
+    backbone: Float[Array, "... B"] | None,
+) -> Float[Array, "*s 2"]:
+    """`function(features, backbone)`, for about `chunk` scalars at a time, whatever is in between only for so many."""
+    # Scalars that share a row of the backbone, as those of a kernel do, stay together.
+    split = features.ndim - 1
+    if backbone is not None and backbone.ndim > 1:
+        split = next((i for i in range(split) if backbone.shape[i] != features.shape[i]), split)
+    rows = features.reshape(-1, *features.shape[split:])
+    size = max(1, chunk // math.prod(rows.shape[1:-1]))
+    if size >= len(rows):
+        return function(features, backbone)
+    if backbone is None or backbone.ndim == 1:
+        result = jax.lax.map(lambda row: function(row, backbone), rows, batch_size=size)
+    else:
+        of_rows = backbone.reshape(len(rows), *backbone.shape[split:])
+        result = jax.lax.map(lambda row: function(*row), (rows, of_rows), batch_size=size)
+    return result.reshape(*features.shape[:-1], 2)
+
+
 class UpdateHead(nn.Module):
     """The perceptron of `update_head`.
 
@@ -100,11 +123,13 @@ class UpdateHead(nn.Module):
       width: of the hidden layers.
       num_hidden: hidden layers.
       dtype: of the computation; parameters and result are float32.
+      chunk: scalars at a time, see `in_chunks`; `None` for all.
     """
 
     width: int
     num_hidden: int
     dtype: Any = jnp.float32
+    chunk: int | None = None
 
     @nn.compact
     def __call__(
@@ -115,6 +140,12 @@ class UpdateHead(nn.Module):
         widths = [inputs, *[self.width] * self.num_hidden, 2]
         layers = [LinearParams(widths[i], widths[i + 1], name=f"dense_{i}")() for i in range(self.num_hidden + 1)]
         layers = [layer.astype(self.dtype) for layer in layers]
-        if backbone is not None:
-            backbone = backbone.astype(self.dtype)
-        return update_head(layers, features.astype(self.dtype), backbone).astype(jnp.float32)
+
+        def function(features: Array, backbone: Array | None) -> Array:
+            if backbone is not None:
+                backbone = backbone.astype(self.dtype)
+            return update_head(layers, features.astype(self.dtype), backbone).astype(jnp.float32)
+
+        if self.chunk is None:
+            return function(features, backbone)
+        return in_chunks(function, self.chunk, features, backbone)

@@ -84,8 +84,8 @@ def find_rule(rule: str | Rule) -> Rule:
     return RULES[rule]
 
 
-def in_dtype(rule: Rule, dtype: Any) -> Rule:
-    """The same rule computing in another dtype; meta-parameters, features and results stay float32."""
+def computing(rule: Rule, dtype: Any, chunk: int | None) -> Rule:
+    """The same rule computing in another dtype and in chunks; meta-parameters, features and results stay float32."""
     if isinstance(rule, GraphRule):
-        return rule.clone(dtype=dtype, backbone=rule.backbone.clone(dtype=dtype))
-    return rule.clone(dtype=dtype)
+        rule = rule.clone(backbone=rule.backbone.clone(dtype=dtype))
+    return rule.clone(dtype=dtype, chunk=chunk)

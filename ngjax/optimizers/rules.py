@@ -26,6 +26,7 @@ class FFRule(nn.Module):
       width: of the hidden layers.
       num_hidden: hidden layers.
       dtype: of the computation.
+      chunk: scalars that the perceptron sees at a time.
     """
 
     reads: ClassVar[FeatureSet] = SCALAR_FEATURES
@@ -33,11 +34,12 @@ class FFRule(nn.Module):
     width: int = 64
     num_hidden: int = 2
     dtype: Any = jnp.float32
+    chunk: int | None = None
 
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
         """`[*shape, 14]` to `[*shape, 2]` for every tensor."""
-        head = UpdateHead(self.width, self.num_hidden, self.dtype, name="head")
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
         return tuple(head(f) for f in features)
 
 
@@ -61,6 +63,7 @@ class Celo2Rule(nn.Module):
       width: of the hidden layers.
       num_hidden: hidden layers.
       dtype: of the computation.
+      chunk: scalars that the perceptron sees at a time.
     """
 
     reads: ClassVar[FeatureSet] = NORMALIZED_FEATURES
@@ -68,11 +71,12 @@ class Celo2Rule(nn.Module):
     width: int = 12
     num_hidden: int = 2
     dtype: Any = jnp.float32
+    chunk: int | None = None
 
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
         """`[*shape, 17]` to `[*shape, 2]` for every tensor."""
-        head = UpdateHead(self.width, self.num_hidden, self.dtype, name="head")
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
         return tuple(head(f) for f in features)
 
 
@@ -117,6 +121,7 @@ class LSTMRule(nn.Module):
       width: of the LSTM and of the hidden layers of the head.
       num_hidden: hidden layers of the head.
       dtype: of the computation on scalars; the recurrence is in float32.
+      chunk: scalars that the perceptron sees at a time.
     """
 
     reads: ClassVar[FeatureSet] = SCALAR_FEATURES
@@ -124,6 +129,7 @@ class LSTMRule(nn.Module):
     width: int = 32
     num_hidden: int = 1
     dtype: Any = jnp.float32
+    chunk: int | None = None
 
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
@@ -138,5 +144,5 @@ class LSTMRule(nn.Module):
         )
         summaries = [tensor_summary(first.astype(self.dtype), second, f.astype(self.dtype)) for f in features]
         states = lstm_over(cell, jnp.stack(summaries))
-        head = UpdateHead(self.width, self.num_hidden, self.dtype, name="head")
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
         return tuple(head(f, states[i]) for i, f in enumerate(features))

@@ -103,6 +103,26 @@ def test_computing_in_bfloat16_keeps_float32_state_and_is_near(name):
     assert 0 < max(distance) < 0.2
 
 
+@pytest.mark.parametrize("name", ["ff", "lstm", "ng-gnn"])
+def test_chunks_change_nothing(name):
+    # Chunks of five of the 32 scalars of a kernel: the last one is smaller.
+    assert_close(updates(name, GRADIENTS[:1], chunk=5), updates(name, GRADIENTS[:1]))
+
+
+def test_scalars_of_a_kernel_stay_together_in_a_chunk():
+    rng = np.random.default_rng(0)
+    features, backbone = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((1, 3, 2, 9, 4), (1, 3, 2, 1, 5)))
+    seen = []
+
+    def function(features, backbone):
+        seen.append((features.shape, backbone.shape))
+        return jnp.stack([jnp.sum(features, -1) * jnp.sum(backbone, -1), features[..., 0]], axis=-1)
+
+    found = heads.in_chunks(function, 20, features, backbone)
+    np.testing.assert_allclose(found, function(features, backbone), rtol=1e-5)
+    assert seen[0] == ((9, 4), (1, 5))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -110,6 +130,7 @@ def test_computing_in_bfloat16_keeps_float32_state_and_is_near(name):
         ({"weight_decay": -0.1}, "weight_decay: expected a number of at least 0, received -0.1"),
         ({"clip": jnp.float32("nan")}, "clip: expected a number of at least 0, received nan"),
         ({"learning_rate": jnp.float32(-0.1)}, "learning_rate: expected a number of at least 0, received -0.1"),
+        ({"chunk": 0}, "chunk: expected a number of scalars of at least 1, received 0"),
         ({"dtype": "int32"}, "dtype: expected a floating type that JAX computes in, as bfloat16; received int32"),
         ({"dtype": "float64"}, "dtype: .* received float64"),
         ({"learning_rate": jnp.ones(2)}, r"learning_rate: expected a number, received Array\(\[1., 1.\]"),

@@ -3,6 +3,7 @@
 All of it is on here and off for users.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -27,6 +28,8 @@ jaxtyping.install_import_hook("ngjax", "beartype.beartype")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Programs here run a few times on a few numbers: compiling is most of their cost, and LLVM most of that.
 jax.config.update("jax_disable_most_optimizations", True)
+# Tracing makes many small objects that stay; looking through them all again and again is 5 % of the time.
+gc.set_threshold(100_000, 50, 100)
 matplotlib.use("agg")
 
 # Examples are derived from the test itself, so every run tries the same ones; a compilation

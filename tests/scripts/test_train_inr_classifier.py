@@ -181,8 +181,7 @@ def test_other_settings_do_not_continue_a_run(script, run):
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
-        ("fast-ng-gnn", {"augmentation": "paper"}),
-        ("paper-ng-t", {"fourier_frequencies": 4}),
+        ("fast-ng-gnn", {"augmentation": "paper", "fourier_frequencies": 4}),
         ("paper-probes", {"permutation": True}),
         ("paper-mlp", {"augmentation": "reference"}),
     ],

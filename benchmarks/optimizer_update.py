@@ -65,6 +65,8 @@ class Config:
     tasks: tuple[str, ...] = ("fashion-cnn-16-32-32", "cifar-cnn-32-64-64")
     threads: int = 2
     """Of PyTorch; this library takes the cores that the process may use."""
+    chunk: int | None = 1024
+    """Scalars that this library's perceptron sees at a time."""
     seconds: float = 5.0
     """That each measure is repeated for, at least three times."""
     out: pathlib.Path | None = None
@@ -98,7 +100,7 @@ def main(config: Config) -> None:
 
 def measure(config: Config, rule: str, task: str, side: str) -> dict[str, Any]:
     """Median milliseconds of all measures, in this process."""
-    made = reference_steps(config, rule, task) if side == "PyTorch" else our_steps(rule, task)
+    made = reference_steps(config, rule, task) if side == "PyTorch" else our_steps(config, rule, task)
     row = {name: 1e3 * median_time(step, config.seconds) for name, step in zip(MEASURES, made, strict=True)}
     return {**row, "meta-step less gradients": row["meta-step"] - 2 * row["gradient"]}
 
@@ -118,7 +120,7 @@ def median_time(step: Callable[[], Any], seconds: float) -> float:
 # -- this library -----------------------------------------------------------------------------------------------------
 
 
-def our_steps(rule_name: str, task_name: str) -> list[Callable[[], Any]]:
+def our_steps(config: Config, rule_name: str, task_name: str) -> list[Callable[[], Any]]:
     import jax
     import jax.numpy as jnp
 
@@ -139,7 +141,7 @@ def our_steps(rule_name: str, task_name: str) -> list[Callable[[], Any]]:
     theta = init_meta_params(jax.random.key(1), rule)
 
     def optimizer_of(theta: Any) -> Any:
-        return ng_learned_opt(rule, spec=task.spec(), meta_params=theta, step="paper")
+        return ng_learned_opt(rule, spec=task.spec(), meta_params=theta, step="paper", chunk=config.chunk)
 
     value_and_grad = jax.value_and_grad(task.loss)
     state = optimizer_of(theta).init(params)

@@ -43,7 +43,7 @@ from ngjax.optimizers import PAPER_RULES, RULES, init_meta_params
 from ngjax.optimizers.meta_file import load_meta_params, save_meta_params
 from ngjax.report import markdown_table, save_figure
 
-MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "test_steps", "test_seeds", "distributed")
+MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "chunk", "test_steps", "test_seeds", "distributed")
 """What may differ when a run is taken up again."""
 
 ADAM_RATES = (3e-4, 1e-1)
@@ -94,6 +94,9 @@ class Config:
     """Outer steps."""
     clip_norm: float = 1.0
     """Largest norm of a meta-gradient."""
+    chunk: int | None = None
+    """Scalars that the rule's perceptron sees at a time: less memory, and on CPU faster on networks with thousands of
+    parameters, as the paper's: 1024. Any scheme."""
     test_steps: int = 200
     """Steps of the networks for the table at the end; 0 for none. Any scheme."""
     test_seeds: int = 3
@@ -134,7 +137,7 @@ def main(config: Config) -> dict[str, Any]:
     run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
     is_paper = config.scheme == "paper"
     rule = (PAPER_RULES if is_paper else RULES)[config.rule]
-    maker = LearnedOptimizer(rule, "paper" if is_paper else "normalized")
+    maker = LearnedOptimizer(rule, "paper" if is_paper else "normalized", config.chunk)
     trainers = [Trainer(task, maker, run_settings) for task in tasks]
     before = None if config.start_from is None else load_meta_params(config.start_from)
     if before is not None and (before.metadata["rule"], before.metadata["step"]) != (config.rule, maker.step):

@@ -21,14 +21,18 @@ class LearnedOptimizer:
     Attributes:
       rule: as for `ng_learned_opt`.
       step: form of its step. With `"paper"` the learning rate is learned, and that of the run plays no part.
+      chunk: as for `ng_learned_opt`.
     """
 
     rule: str | Rule = "ff"
     step: Literal["normalized", "paper"] = "normalized"
+    chunk: int | None = None
 
     def __call__(self, theta: PyTree, task: Task, learning_rate: Schedule) -> optax.GradientTransformation:
         rate = learning_rate if self.step == "normalized" else None
-        return ng_learned_opt(self.rule, spec=task.spec(), meta_params=theta, step=self.step, learning_rate=rate)
+        return ng_learned_opt(
+            self.rule, spec=task.spec(), meta_params=theta, step=self.step, learning_rate=rate, chunk=self.chunk
+        )
 
 
 def adam(theta: PyTree, task: Task, learning_rate: Schedule) -> optax.GradientTransformation:

@@ -108,6 +108,8 @@ def in_chunks(
     size = max(1, chunk // math.prod(rows.shape[1:-1]))
     if size >= len(rows):
         return function(features, backbone)
+    # A derivative computes each chunk again, which costs less than keeping what is in between for all.
+    function = jax.checkpoint(function)
     if backbone is None or backbone.ndim == 1:
         result = jax.lax.map(lambda row: function(row, backbone), rows, batch_size=size)
     else:

@@ -109,6 +109,16 @@ def test_chunks_change_nothing(name):
     assert_close(updates(name, GRADIENTS[:1], chunk=5), updates(name, GRADIENTS[:1]))
 
 
+def test_nor_do_they_change_meta_gradients():
+    def loss(theta, chunk):
+        optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=theta, chunk=chunk)
+        found, _ = optimizer.update(GRADIENTS[0], optimizer.init(PARAMS), PARAMS)
+        return sum(jnp.sum(jnp.sin(100 * leaf)) for leaf in jax.tree.leaves(found))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    assert_close(gradient(meta_params("ng-gnn"), 5), gradient(meta_params("ng-gnn"), None))
+
+
 def test_scalars_of_a_kernel_stay_together_in_a_chunk():
     rng = np.random.default_rng(0)
     features, backbone = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((1, 3, 2, 9, 4), (1, 3, 2, 1, 5)))

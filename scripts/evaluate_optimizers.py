@@ -1,4 +1,4 @@
-"""Learned optimizers and optax's on networks that none of them has seen, each with its learning rate tuned.
+"""Learned optimizers and optax's on the same networks, each with its learning rate tuned.
 
     python scripts/evaluate_optimizers.py --out runs/evaluation --tasks digits-mlp-32-relu fashion-cnn-16-32-32 \
         --optimizers adam adamw sgd --meta-params runs/ff/meta_params.safetensors

@@ -71,18 +71,8 @@ def errors_of(model, variables, spec, networks, move, run_padded=None):
         logits, edit = model.apply(variables, graph, spec=spec)
         return logits, ngjax.to_params(spec, edit)
 
-    @jit
-    def edge_list(variables, network):
-        logits, edit = model.apply(variables, ngjax.to_graph(spec, network))
-        return logits, ngjax.to_params(spec, edit)
-
     results = {"blocks": blocks(variables, stacked)}
     if run_padded is not None:
-        listed = [edge_list(variables, network) for network in networks]  # of one shape: compiled once
-        results["edge list"] = (
-            np.concatenate([logits for logits, _ in listed]),
-            jax.tree.map(lambda *x: np.stack(x), *(edits for _, edits in listed)),
-        )
         graphs = [ngjax.to_graph(spec, network) for network in networks]
         logits, edit = run_padded(variables, ngjax.batch_graphs(graphs, BUDGET))
         edits = [ngjax.to_params(spec, graph) for graph in ngjax.unbatch_graphs(edit, graphs)]

@@ -39,8 +39,9 @@ from ngjax.metatrain.loop import meta_train, paper_optimizer
 from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import find_task, load_task_data
 from ngjax.metatrain.unroll import RunSettings, Trainer
-from ngjax.optimizers import PAPER_RULES, RULES, init_meta_params
+from ngjax.optimizers import init_meta_params
 from ngjax.optimizers.meta_file import load_meta_params, save_meta_params
+from ngjax.optimizers.named_rules import find_rule
 from ngjax.report import markdown_table, save_figure
 
 MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "chunk", "test_steps", "test_seeds", "distributed")
@@ -135,15 +136,15 @@ def main(config: Config) -> dict[str, Any]:
     check_settings(out / "settings.json", {k: v for k, v in settings.items() if k not in MAY_CHANGE})
     data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
     run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
-    is_paper = config.scheme == "paper"
-    rule = (PAPER_RULES if is_paper else RULES)[config.rule]
-    maker = LearnedOptimizer(rule, "paper" if is_paper else "normalized", config.chunk)
+    step: Literal["normalized", "paper"] = "paper" if config.scheme == "paper" else "normalized"
+    rule = find_rule(config.rule, step)
+    maker = LearnedOptimizer(rule, step, config.chunk)
     trainers = [Trainer(task, maker, run_settings) for task in tasks]
     before = None if config.start_from is None else load_meta_params(config.start_from)
-    if before is not None and (before.metadata["rule"], before.metadata["step"]) != (config.rule, maker.step):
+    if before is not None and (before.metadata["rule"], before.metadata["step"]) != (config.rule, step):
         raise ValueError(
             f"{config.start_from} holds meta-parameters of {before.metadata['rule']} with step="
-            f"{before.metadata['step']}, expected {config.rule} with step={maker.step}"
+            f"{before.metadata['step']}, expected {config.rule} with step={step}"
         )
     init_key, run_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
     theta = init_meta_params(init_key, rule) if before is None else before.theta
@@ -166,7 +167,7 @@ def main(config: Config) -> dict[str, Any]:
     theta = jax.device_get(result.theta)
     provenance = {
         "rule": config.rule,
-        "step": maker.step,
+        "step": step,
         "seed": config.seed,
         "config": {k: v for k, v in settings.items() if k not in ("out", "data_dir", "start_from")},
         "started_from": None if before is None else before.metadata,

@@ -19,10 +19,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import Batch, Task, TaskData
 from ngjax.metatrain.unroll import OptimizerMaker, Run, RunSettings, Schedule, Trainer, start_run, unroll
-from ngjax.optimizers import PAPER_RULES, RULES
 from ngjax.optimizers.meta_file import MetaFile, load_meta_params
 from ngjax.optimizers.meta_params import checked_meta_params
-from ngjax.optimizers.named_rules import Rule
+from ngjax.optimizers.named_rules import Rule, find_rule
 
 LAST_STEPS = 10
 """The final training loss of a run is the mean over so many steps at its end."""
@@ -105,7 +104,7 @@ def learned(path: str | os.PathLike[str]) -> Candidate:
     step = file.metadata["step"]
     return Candidate(
         name=path.parent.name if path.stem == "meta_params" else path.stem,
-        make_optimizer=LearnedOptimizer(_fitting_rule(path, file), step),
+        make_optimizer=LearnedOptimizer(_rule_of(path, file), step),
         theta=file.theta,
         has_rate=step != "paper",
         is_learned=True,
@@ -113,20 +112,14 @@ def learned(path: str | os.PathLike[str]) -> Candidate:
     )
 
 
-def _fitting_rule(path: pathlib.Path, file: MetaFile) -> Rule:
-    """The rule of the name in the file that has meta-parameters of these shapes: there are two sizes of some."""
-    name = file.metadata["rule"]
-    if name not in RULES:
-        raise ValueError(f"{path} is of an unknown rule {name!r}; known are {', '.join(RULES)}")
-    errors = []
-    for rule in (rules[name] for rules in (RULES, PAPER_RULES) if name in rules):
-        try:
-            checked_meta_params(rule, file.theta)
-        except ValueError as error:
-            errors.append(str(error))
-        else:
-            return rule
-    raise ValueError(f"{path} does not hold meta-parameters of {name}: {errors[0]}")
+def _rule_of(path: pathlib.Path, file: MetaFile) -> Rule:
+    """The rule that the file names, which has to have meta-parameters like those in it."""
+    try:
+        rule = find_rule(file.metadata["rule"], file.metadata["step"])
+        checked_meta_params(rule, file.theta)
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold meta-parameters of {file.metadata['rule']}: {error}") from None
+    return rule
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

@@ -17,17 +17,18 @@ from ngjax.optimizers.parts import list_spec
 from ngjax.spec import flatten_with_path, format_path, path_keys
 
 
-def init_meta_params(key: Array, rule: str | Rule = "ng-gnn") -> dict[str, Any]:
+def init_meta_params(key: Array, rule: str | Rule = "ng-gnn", step: str = "normalized") -> dict[str, Any]:
     """Fresh meta-parameters of a rule, in float32.
 
     Args:
       key: a JAX random key.
       rule: as for `ng_learned_opt`.
+      step: as for `ng_learned_opt`; a name stands for a rule of another size with each.
 
     Raises:
-      ValueError: an unknown rule.
+      ValueError: an unknown rule or step.
     """
-    return _init_meta_params(key, find_rule(rule))
+    return _init_meta_params(key, find_rule(rule, step))
 
 
 # Compiled as one program: one operation after the other takes several times as long.

@@ -55,7 +55,7 @@ RULES: dict[str, Rule] = {
     "nfn": nfn_rule(16, num_layers=2, num_hidden=2),
     "celo2": Celo2Rule(),
 }
-"""Rules in the sizes that weights are shipped for."""
+"""The rules that the names stand for, with `step="normalized"`."""
 
 PAPER_RULES: dict[str, Rule] = {
     "ff": FFRule(),
@@ -65,23 +65,29 @@ PAPER_RULES: dict[str, Rule] = {
     "nfn": nfn_rule(32, num_layers=3, num_hidden=2),
     "celo2": Celo2Rule(),
 }
-"""Rules in the sizes of Kofinas et al. (2024), appendix, with positions that carry over between networks.
+"""The rules that the names stand for with `step="paper"`: those of Kofinas et al. (2024), in the sizes of its appendix,
+with positions that carry over between networks.
 
 `"nfn"`, about as large as theirs, and `"celo2"` are not among them.
 """
 
 
-def find_rule(rule: str | Rule) -> Rule:
-    """The rule of that name in `RULES`, or the rule itself.
+_BY_STEP = {"normalized": RULES, "paper": PAPER_RULES}
+
+
+def find_rule(rule: str | Rule, step: str) -> Rule:
+    """The rule of that name for a form of step, in `RULES` or `PAPER_RULES`; or the rule itself.
 
     Raises:
-      ValueError: an unknown name, or no rule.
+      ValueError: an unknown name or step, or no rule.
     """
+    if step not in _BY_STEP:
+        raise ValueError(f"unknown step {step!r}; known are {', '.join(_BY_STEP)}")
     if isinstance(rule, typing.get_args(Rule)):
         return rule  # type: ignore[return-value]
     if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known are {', '.join(RULES)}")
-    return RULES[rule]
+    return _BY_STEP[step][rule]
 
 
 def computing(rule: Rule, dtype: Any, chunk: int | None) -> Rule:

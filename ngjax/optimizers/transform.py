@@ -72,8 +72,8 @@ def ng_learned_opt(
 
     Args:
       rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself,
-        `"celo2"` each relative to its tensor, `"lstm"` runs over the tensors of the network; or a rule of another size,
-        as `FFRule(width=32)`.
+        `"celo2"` each relative to its tensor, `"lstm"` runs over the tensors of the network, in the sizes of `RULES`,
+        and with `step="paper"` of `PAPER_RULES`; or a rule of another size, as `FFRule(width=32)`.
       spec: of the architecture, as `trace_spec` makes it. It is the graph of rules that read one and tells `"lstm"` the
         order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
         graphs are inferred from names and shapes, which assumes a chain of layers that are called in the order of their
@@ -101,11 +101,9 @@ def ng_learned_opt(
       TypeError: meta-parameters, parameters or gradients that are not real floating arrays; a spec, a number or a state
         that is none.
     """
-    found = find_rule(rule)
+    found = find_rule(rule, step)
     if spec is not None and not isinstance(spec, NeuralGraphSpec):
         raise TypeError(f"spec: expected a NeuralGraphSpec, as trace_spec makes it; received {type(spec).__name__}")
-    if step not in _STEPS:
-        raise ValueError(f"unknown step {step!r}; known are {', '.join(_STEPS)}")
     if meta_params is None and isinstance(rule, str):
         meta_params = shipped_meta_params(rule, step)
 

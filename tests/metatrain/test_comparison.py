@@ -54,7 +54,7 @@ def fresh_theta(rule):
 
 
 @pytest.mark.parametrize("rules", [RULES, PAPER_RULES])
-def test_files_are_known_by_their_folder_and_the_size_of_their_meta_parameters(rules, tmp_path):
+def test_files_are_known_by_their_folder_and_say_whose_meta_parameters_they_hold(rules, tmp_path):
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine" / "meta_params.safetensors"
     step = "normalized" if rules is RULES else "paper"
@@ -76,7 +76,11 @@ def test_files_are_known_by_their_folder_and_the_size_of_their_meta_parameters(r
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
-    [({"step": "paper"}, "does not say which rule"), ({"rule": "gru", "step": "paper"}, "unknown rule 'gru'; known")],
+    [
+        ({"step": "paper"}, "does not say which rule"),
+        ({"rule": "gru", "step": "paper"}, "unknown rule 'gru'; known"),
+        ({"rule": "ff", "step": "other"}, "unknown step 'other'; known"),
+    ],
 )
 def test_files_without_a_known_rule_are_refused(metadata, message, tmp_path):
     save_meta_params(tmp_path / "a.safetensors", {"a": np.ones(1, np.float32)}, metadata)

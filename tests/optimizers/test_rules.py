@@ -10,15 +10,19 @@ from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_
 
 
 @pytest.mark.parametrize(
-    ("rule", "num_scalars"),
+    ("rule", "step", "num_scalars"),
     [
-        ("ff", 5250),
-        ("lstm", 11554 - 4 * 32),  # the paper's cell has two biases, of which only the sum matters
-        ("celo2", 398),  # the published one has 347
+        ("ff", "paper", 5250),
+        ("lstm", "paper", 11554 - 4 * 32),  # the paper's cell has two biases, of which only the sum matters
+        ("celo2", "normalized", 398),  # the published one has 347
+        ("ng-gnn", "normalized", 28034),
+        ("ng-gnn", "paper", 705794),
+        ("ng-t", "normalized", 20354),
+        ("ng-t", "paper", 67842),
     ],
 )
-def test_sizes(rule, num_scalars):
-    shapes = jax.eval_shape(lambda key: init_meta_params(key, rule), jax.random.key(0))
+def test_sizes(rule, step, num_scalars):
+    shapes = jax.eval_shape(lambda key: init_meta_params(key, rule, step), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_scalars
 
 

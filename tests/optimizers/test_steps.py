@@ -239,9 +239,8 @@ def test_residual_connections_are_edges_without_gradients():
 def test_shipped_meta_parameters_are_those_of_their_rule(name):
     rule, _, step = name.rpartition("-")
     theta = shipped.shipped_meta_params(rule, step)
-    assert_close(
-        jax.tree.map(np.zeros_like, theta), jax.tree.map(np.zeros_like, init_meta_params(jax.random.key(0), rule))
-    )
+    fresh = init_meta_params(jax.random.key(0), rule, step)
+    assert_close(jax.tree.map(np.zeros_like, theta), jax.tree.map(np.zeros_like, fresh))
     found = run(ng_learned_opt(rule, step=step), PARAMS, GRADIENTS)[0]
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(found))
 
@@ -257,5 +256,5 @@ def test_shipped_meta_parameters_may_first_be_read_under_a_trace():
 
 
 def test_rules_without_shipped_weights_name_those_that_have_them():
-    with pytest.raises(ValueError, match="no weights are shipped for rule='ng-t' with step='paper'; there are"):
-        ng_learned_opt("ng-t", step="paper")
+    with pytest.raises(ValueError, match="no weights are shipped for rule='nfn' with step='paper'; there are"):
+        ng_learned_opt("nfn", step="paper")

@@ -23,11 +23,11 @@ from ngjax.graph import GroupedGraph, to_groups, to_params
 from ngjax.nn import NGGNN, NGT, EncoderConfig, GraphReadout, ParamsReadout, WeightSpaceModel, WeightStatistics
 from ngjax.optimizers.features import MOMENTUM_DECAYS, NUM_FEATURES, PREPROCESS_P
 from ngjax.optimizers.graph_rules import GraphRule
-from ngjax.optimizers.heads import MAGNITUDE_SCALE, STEP_SCALE
 from ngjax.optimizers.leaves import Leaves
 from ngjax.optimizers.named_rules import Rule
 from ngjax.optimizers.parts import inferred_spec
 from ngjax.optimizers.rules import FFRule, LSTMRule
+from ngjax.optimizers.steps import MAGNITUDE_SCALE, STEP_SCALE
 from ngjax.optimizers.transform import Layout, learned_opt
 from ngjax.spec import NeuralGraphSpec, path_keys
 from ngjax.zoo.siren import apply_siren

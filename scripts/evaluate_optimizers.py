@@ -85,7 +85,7 @@ class Config:
     tasks: tuple[str, ...]
     """Names of the tasks, see `find_task`."""
     optimizers: tuple[str, ...] = ("adam", "adamw", "sgd")
-    """Of adam, adamw and sgd; adam has to be there, as the others are measured against it."""
+    """Of adam, adamw, sgd and muon; adam has to be there, as the others are measured against it."""
     meta_params: tuple[pathlib.Path, ...] = ()
     """Learned optimizers: files that scripts/meta_train.py has written, each named after its folder."""
     schedule: ScheduleName = "cosine"

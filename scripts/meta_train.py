@@ -4,9 +4,9 @@
     python scripts/meta_train.py --out runs/ff-pes --rule ff --tasks digits-mlp-32-relu --estimator pes
     python scripts/meta_train.py --out runs/ff-paper --rule ff --tasks fashion-cnn-16-32-32 --scheme paper
 
-The scheme `fresh` takes the loss after each step on a fresh batch, in runs of many lengths, peak learning rates and
-reparametrizations. The scheme `paper` is that of Kofinas et al. 2024 (arXiv 2403.12143). Killed, a run goes on where it
-was when the same command is given again.
+The scheme `fresh` takes losses on fresh batches, in runs of many lengths, peak learning rates and reparametrizations;
+a step is credited with all losses after it until the next outer step. The scheme `paper` is that of Kofinas et al. 2024
+(arXiv 2403.12143). Killed, a run goes on where it was when the same command is given again.
 
 Writes into the output folder: `meta_params.safetensors` with `card.md`, `results.json`, `curves.png`, and
 `metrics.jsonl` and all that resuming needs.
@@ -69,7 +69,8 @@ class Config:
     scheme: Literal["fresh", "paper"] = "fresh"
     """How the loss of the meta-parameters is made up."""
     estimator: Literal["one-step", "pes"] = "one-step"
-    """Of meta-gradients: through single steps, or evolution strategies through whole runs."""
+    """Of meta-gradients: through single steps, each credited with the losses after it, or evolution strategies through
+    whole runs."""
     outer_steps: int | None = None
     """Updates of the meta-parameters; by default 2000, and 1000 in the paper's scheme. Any scheme."""
     runs: int | None = None
@@ -84,6 +85,9 @@ class Config:
     """Smallest and largest peak of the inner learning rate."""
     scale_spread: float = 10.0
     """Largest scale of the random reparametrizations; 1 for none."""
+    credit_decay: float = 1.0
+    """One-step: of what a step is credited with, for each step until the loss; with 0, only the loss right after it
+    counts, and what is learned is greedy."""
     equal_runs: bool = True
     """Give the one-step gradient of each run a norm of one; otherwise runs with large learning rates decide."""
     deviation: float = 0.01
@@ -210,7 +214,7 @@ def make_estimator(config: Config) -> Estimator:
         return PaperScheme(config.truncation)
     if config.estimator == "pes":
         return PES(config.truncation, config.deviation)
-    return OneStep(config.truncation, config.equal_runs)
+    return OneStep(config.truncation, config.credit_decay, config.equal_runs)
 
 
 def make_outer_optimizer(config: Config) -> optax.GradientTransformation:

@@ -13,6 +13,9 @@ _FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codege
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # Halves the time to compile. Later versions know no other emitters, and end where they are told of them.
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+else:
+    # Spares single operations those emitters.
+    _FLAGS.append("--xla_disable_hlo_passes=fusion-wrapper")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
 import hypothesis

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ngjax.metatrain.optimizers import LearnedOptimizer, adam
@@ -72,7 +73,13 @@ def sgd(theta: PyTree, task: Task, learning_rate: Schedule) -> optax.GradientTra
     return optax.sgd(learning_rate, momentum=SGD_MOMENTUM)
 
 
-HAND_MADE: dict[str, OptimizerMaker] = {"adam": adam, "adamw": adamw, "sgd": sgd}
+def muon(theta: PyTree, task: Task, learning_rate: Schedule) -> optax.GradientTransformation:
+    """Muon on matrices (Jordan et al. 2024), Adam on all else, as `optax` has it."""
+    del theta, task
+    return optax.contrib.muon(learning_rate)
+
+
+HAND_MADE: dict[str, OptimizerMaker] = {"adam": adam, "adamw": adamw, "sgd": sgd, "muon": muon}
 """Optimizers by the names that `hand_made` knows."""
 
 

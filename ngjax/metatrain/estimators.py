@@ -58,15 +58,20 @@ class Estimator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OneStep:
-    """The gradient of the loss after each step, on a fresh batch, through this one step.
+    """The gradient of the losses after the steps of a truncation, each on a fresh batch, through single steps.
+
+    See `unroll_with_gradient`.
 
     Attributes:
       truncation: steps between two updates of the meta-parameters.
+      credit_decay: of what a step is credited with, for each step until the loss. With 0, only the loss right after it
+        counts, and what is learned is greedy: good after few steps, and behind Adam after many.
       equal_runs: give the gradient of each run a norm of one. It is proportional to the learning rate of the run, and
         tasks differ in it as much, so that otherwise few runs decide.
     """
 
     truncation: int = 50
+    credit_decay: float = 1.0
     equal_runs: bool = True
 
     def start(self, trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData) -> Run:
@@ -74,7 +79,7 @@ class OneStep:
 
     def estimate(self, trainer: Trainer, theta: PyTree, member: Run, key: PRNGKeyArray, data: TaskData) -> Estimate:
         run = restart_if(is_over(member), start_run(trainer, theta, key, data), member)
-        run, losses, gradient = unroll_with_gradient(trainer, theta, run, data, self.truncation)
+        run, losses, gradient = unroll_with_gradient(trainer, theta, run, data, self.truncation, self.credit_decay)
         if self.equal_runs:
             norm = optax.tree.norm(gradient)
             # Zero where nothing is left to learn from: a run that has diverged.

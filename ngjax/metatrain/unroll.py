@@ -203,24 +203,50 @@ def unroll(
 
 
 def unroll_with_gradient(
-    trainer: Trainer, theta: PyTree, run: Run, data: TaskData, length: int
+    trainer: Trainer, theta: PyTree, run: Run, data: TaskData, length: int, credit_decay: float
 ) -> tuple[Run, Float[Array, " length"], PyTree]:
     """As `unroll`, with a gradient with respect to the meta-parameters.
 
-    It is the mean, over the steps, of the gradient of `meta_loss` after the step, through this one step. The optimizee
-    costs no more than without: the gradient at the new parameters is at once that which the next step learns from.
+    It is the mean, over the steps, of the gradient of `meta_loss` after the step, through this one step, and through
+    those before it in the unroll, times `credit_decay` for each step in between: a step is credited with what it does
+    to later losses too. What the optimizer reads counts as constant (Andrychowicz et al. 2016, section 2), so that the
+    optimizee costs no more than without: the gradient that the next step learns from says all that is needed.
+
+    Args:
+      trainer: static.
+      theta: meta-parameters.
+      run: to go on with.
+      data: of the task.
+      length: steps.
+      credit_decay: from 0, where only the loss right after a step counts, up to 1.
+
+    Returns:
+      The run after the steps, the loss after each of them, and the gradient.
     """
 
-    def step(carry: tuple[Run, PyTree], _: None) -> tuple[tuple[Run, PyTree], Array]:
-        run, total = carry
-        run, pullback = step_run(trainer, theta, run, data)
-        weight = jax.grad(meta_loss)(run.loss)
-        (gradient,) = pullback(jax.tree.map(lambda g: weight * g, run.gradient))
-        return (run, jax.tree.map(jnp.add, total, finite_or_zero(gradient))), run.loss
+    def step(run: Run, _: None) -> tuple[Run, tuple[Run, Array, PyTree]]:
+        new, _pullback = step_run(trainer, theta, run, data)
+        weight = jax.grad(meta_loss)(new.loss)
+        return new, (run, new.loss, jax.tree.map(lambda g: weight * g, new.gradient))
 
-    zero = jax.tree.map(jnp.zeros_like, theta)
-    (run, total), losses = jax.lax.scan(step, (run, zero), None, length)
-    return run, losses, jax.tree.map(lambda g: g / length, total)
+    def step_back(carry: tuple[PyTree, PyTree], step: tuple[Run, PyTree]) -> tuple[tuple[PyTree, PyTree], None]:
+        total, credit = carry
+        before, gradient_after = step
+        credit = jax.tree.map(lambda g, c: g + credit_decay * c, gradient_after, credit)
+        _, _, pullback = take_step(
+            lambda theta: trainer.optimizer(theta, run.peak, run.horizon),
+            theta,
+            before.gradient,
+            before.opt_state,
+            before.params,
+        )
+        (gradient,) = pullback(credit)
+        return (jax.tree.map(jnp.add, total, finite_or_zero(gradient)), credit), None
+
+    last, (befores, losses, gradients) = jax.lax.scan(step, run, None, length)
+    zero = jax.tree.map(jnp.zeros_like, theta), jax.tree.map(jnp.zeros_like, run.gradient)
+    (total, _), _ = jax.lax.scan(step_back, zero, (befores, gradients), reverse=True)
+    return last, losses, jax.tree.map(lambda g: g / length, total)
 
 
 def finite_or_zero(tree: PyTree) -> PyTree:

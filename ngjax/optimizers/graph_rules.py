@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,18 +18,18 @@ from ngjax.baselines import NFN
 from ngjax.graph import GlobalData, GroupedGraph, to_groups, to_params
 from ngjax.nn import NGGNN, NGT
 from ngjax.nn.linear import Dense
-from ngjax.optimizers.features import MOMENTUM_DECAYS, SCALAR_FEATURES, FeatureSet, scalar_features
+from ngjax.optimizers.features import MOMENTUM_DECAYS, SCALAR_FEATURES, FeatureSet
 from ngjax.optimizers.heads import UpdateHead
 from ngjax.spec import NeuralGraphSpec
 
 
-def with_constant_edges(spec: NeuralGraphSpec, graph: GroupedGraph) -> GroupedGraph:
+def with_constant_edges(spec: NeuralGraphSpec, graph: GroupedGraph, reads: FeatureSet) -> GroupedGraph:
     """Features of edges without a parameter (residual connections): those of a weight that never has a gradient."""
     edges = list(graph.edges)
     for i, group in enumerate(spec.edge_groups):
         if group.view is None:
             weight, zero = jnp.float32(group.constant), jnp.float32(0)
-            edges[i] = jnp.broadcast_to(scalar_features(weight, zero, [zero] * len(MOMENTUM_DECAYS)), edges[i].shape)
+            edges[i] = jnp.broadcast_to(reads.of(weight, zero, [zero] * len(MOMENTUM_DECAYS)), edges[i].shape)
     return graph._replace(edges=tuple(edges))
 
 
@@ -47,11 +47,10 @@ class GraphRule(nn.Module):
       shared_readout: the same readout for nodes and edges.
       bias_alignment: `"reference"` reads biases from nodes that stand as many places too early as the network has
         inputs, as the PyTorch code of the paper's optimizer does with NG-GNN, which is then not equivariant.
+      reads: the features.
       dtype: of the perceptron's computation; that of the backbone is its own.
       chunk: scalars that the perceptron sees at a time.
     """
-
-    reads: ClassVar[FeatureSet] = SCALAR_FEATURES
 
     backbone: NGGNN | NGT | NFN
     width: int
@@ -59,6 +58,7 @@ class GraphRule(nn.Module):
     readout_hidden: int = 1
     shared_readout: bool = False
     bias_alignment: Literal["corrected", "reference"] = "corrected"
+    reads: FeatureSet = SCALAR_FEATURES
     dtype: Any = jnp.float32
     chunk: int | None = None
 
@@ -66,7 +66,7 @@ class GraphRule(nn.Module):
     def __call__(
         self, features: Sequence[Float[Array, "..."]], spec: NeuralGraphSpec | None
     ) -> tuple[Float[Array, "..."], ...]:
-        """`[*shape, 14]` to `[*shape, 2]` for every tensor.
+        """`[*shape, C]` to `[*shape, 2]` for every tensor.
 
         Args:
           features: of the tensors, in the order of the spec.
@@ -76,7 +76,7 @@ class GraphRule(nn.Module):
         loose = self.param("loose", nn.initializers.zeros, (self.width,), jnp.float32)
         if spec is None:
             return tuple(head(f, loose) for f in features)
-        graph = with_constant_edges(spec, to_groups(spec, list(features), feature_axis=True))
+        graph = with_constant_edges(spec, to_groups(spec, list(features), feature_axis=True), self.reads)
         no_edges: tuple[Array, ...] = ()
         nodes, edges = self._read(graph, spec) if graph.edges else (loose, no_edges)
         heads = GroupedGraph(

@@ -1,4 +1,4 @@
-"""From the features of a scalar to its update."""
+"""The perceptron that ends every rule."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
-
-STEP_SCALE = 0.01
-MAGNITUDE_SCALE = 0.01
-SMALLEST_DIRECTION = 1e-10
+from jaxtyping import Array, Float
 
 
 class Linear(NamedTuple):
@@ -63,7 +59,7 @@ def update_head(
       backbone: what a rule adds to them. Its leading axes broadcast to those of `features`.
 
     Returns:
-      Direction and magnitude, see `paper_step`.
+      Direction and magnitude, see `ngjax.optimizers.steps`.
     """
     kernel, bias = layers[0]
     num_features = features.shape[-1]
@@ -74,23 +70,6 @@ def update_head(
     for layer in layers[1:]:
         x = layer(nn.relu(x))
     return x
-
-
-def paper_step(head: Float[Array, "... 2"]) -> Float[Array, "..."]:
-    """The update `0.01 s exp(0.01 m)` of direction `s` and magnitude `m`, to be added to the parameter."""
-    return head[..., 0] * STEP_SCALE * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
-
-
-def normalized_step(head: Float[Array, "*s 2"], moving: Bool[Array, "*s"]) -> Float[Array, "*s"]:
-    """The direction `s exp(0.01 m)` divided by its root mean square over the tensor; a learning rate sets its size.
-
-    Scalars that are not `moving` have direction zero and do not count in the mean: normalized, a rule's answer to no
-    gradient at all would be a step as large as any other.
-    """
-    direction = jnp.where(moving, head[..., 0] * jnp.exp(MAGNITUDE_SCALE * head[..., 1]), 0)
-    mean_square = jnp.sum(direction**2) / jnp.maximum(1, jnp.sum(moving, dtype=direction.dtype))
-    # The maximum keeps the derivative of the root finite, and a tensor without a direction where it is.
-    return direction * jax.lax.rsqrt(jnp.maximum(mean_square, SMALLEST_DIRECTION**2))
 
 
 def in_chunks(

@@ -7,6 +7,7 @@ from typing import Any
 
 from ngjax.baselines import NFN
 from ngjax.nn import NGGNN, NGT, EncoderConfig
+from ngjax.optimizers.features import NORMALIZED_FEATURES, SCALAR_FEATURES, FeatureSet
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.rules import Celo2Rule, FFRule, LSTMRule
 
@@ -15,10 +16,10 @@ Rule = FFRule | LSTMRule | Celo2Rule | GraphRule
 KERNEL_RANGE = (1, 5, 5)
 
 
-def ng_gnn_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
+def ng_gnn_rule(width: int, num_layers: int, num_hidden: int, reads: FeatureSet = SCALAR_FEATURES) -> GraphRule:
     """A `GraphRule` on NG-GNN that reads networks of any size and depth."""
     encoder = EncoderConfig(positions="depth", kernel_range=KERNEL_RANGE)
-    return GraphRule(NGGNN(width, num_layers, encoder), width, num_hidden)
+    return GraphRule(NGGNN(width, num_layers, encoder), width, num_hidden, reads=reads)
 
 
 def ng_t_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
@@ -50,7 +51,7 @@ def nfn_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
 RULES: dict[str, Rule] = {
     "ff": FFRule(),
     "lstm": LSTMRule(),
-    "ng-gnn": ng_gnn_rule(16, num_layers=2, num_hidden=2),
+    "ng-gnn": ng_gnn_rule(16, num_layers=2, num_hidden=2, reads=NORMALIZED_FEATURES),
     "ng-t": ng_t_rule(16, num_layers=2, num_hidden=2),
     "nfn": nfn_rule(16, num_layers=2, num_hidden=2),
     "celo2": Celo2Rule(),

@@ -14,15 +14,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ngjax.optimizers.features import MOMENTUM_DECAYS, had_gradient, update_momenta
+from ngjax.optimizers.features import MOMENTUM_DECAYS, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
-from ngjax.optimizers.heads import normalized_step, paper_step
 from ngjax.optimizers.leaves import Leaves, check_same, read_leaves
 from ngjax.optimizers.meta_params import checked_meta_params
 from ngjax.optimizers.named_rules import Rule, computing, find_rule
 from ngjax.optimizers.order import natural_layer_order, spec_layer_order
 from ngjax.optimizers.parts import inferred_spec, list_spec
 from ngjax.optimizers.shipped import shipped_meta_params
+from ngjax.optimizers.steps import normalized_step, paper_step
 from ngjax.spec import NeuralGraphSpec
 
 
@@ -82,8 +82,9 @@ def ng_learned_opt(
         scalar is updated without a graph; `"lstm"` takes the order of the names, see `natural_layer_order`.
       meta_params: what `init_meta_params` returned, meta-trained; `None` for those that come with the package. They may
         be traced, so that gradients with respect to them can be taken.
-      step: `"normalized"`: a direction whose root mean square over each tensor is one, times the learning rate. Scalars
-        that never had a gradient do not move and do not count; a tensor of one number moves by the learning rate.
+      step: `"normalized"`: momentum plus a learned direction, orthogonalized in matrices and kernels as in Muon, with
+        a root mean square of one over each tensor, times the learning rate; see `normalized_step`. Scalars that never
+        had a gradient do not move and do not count; a tensor of one number moves by the learning rate.
         `"paper"`: direction and magnitude are learned. Meta-parameters belong to the one they were meta-trained with.
       learning_rate: what a step is multiplied by, a number or a function of the steps taken; `None` for 1 with
         `"paper"`, and 0.01 with `"normalized"`.
@@ -146,7 +147,7 @@ def learned_opt(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(f"dtype: expected a floating type that JAX computes in, as bfloat16; received {dtype}")
-    size_of, default_rate = _STEPS[step]
+    step_of, default_rate = _STEPS[step]
     rate = default_rate if learning_rate is None else learning_rate
     theta = checked_meta_params(rule, meta_params)
     if chunk is not None and operator.index(chunk) < 1:
@@ -181,15 +182,15 @@ def learned_opt(
         heads = _apply(applied, theta, features, layout_of(values))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
-        def total(head: Array, value: Array, momenta: Sequence[Array]) -> Array:
-            taken = size_of(head, momenta)
+        def total(head: Array, value: Array, gradient: Array, momenta: Sequence[Array]) -> Array:
+            taken = step_of(head, gradient, momenta)
             if clip is not None:
                 taken = jnp.clip(taken, -clip, clip)
             if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
                 taken = taken - weight_decay * value.astype(jnp.float32)
             return (factor * taken).astype(value.dtype)
 
-        new_updates = [total(*leaf) for leaf in zip(heads, values.arrays, new_momenta, strict=True)]
+        new_updates = [total(*leaf) for leaf in zip(heads, values.arrays, gradients.arrays, new_momenta, strict=True)]
         new_state = LearnedOptState(
             optax.safe_increment(state.count),
             tuple(m.treedef.unflatten(column) for m, column in zip(momenta, _columns(new_momenta), strict=True)),
@@ -207,10 +208,15 @@ def _check_amount(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number of at least 0, received {value}")
 
 
-_STEPS: dict[str, tuple[Callable[[Array, Sequence[Array]], Array], float]] = {
-    # From the head's two numbers and the momenta to the step, and the learning rate where none is given.
-    "normalized": (lambda head, momenta: normalized_step(head, had_gradient(momenta)), 0.01),
-    "paper": (lambda head, _: paper_step(head), 1.0),
+@jax.jit
+def _normalized(head: Array, gradient: Array, momenta: Sequence[Array]) -> Array:
+    return _in_auto_mode(normalized_step, (head, gradient, momenta), like=gradient)
+
+
+_STEPS: dict[str, tuple[Callable[[Array, Array, Sequence[Array]], Array], float]] = {
+    # From the head's two numbers, gradient and momenta to the step, and the learning rate where none is given.
+    "normalized": (_normalized, 0.01),
+    "paper": (lambda head, *_: paper_step(head), 1.0),
 }
 
 
@@ -231,19 +237,20 @@ def _heads(
     rule: Rule, theta: Mapping[str, Any], features: tuple[Float[Array, "..."], ...], spec: NeuralGraphSpec | None
 ) -> tuple[Float[Array, "..."], ...]:
     if isinstance(rule, GraphRule):
-        return _in_auto_mode(lambda *args: rule.apply({"params": args[0]}, args[1], spec), theta, features)
+        return _in_auto_mode(lambda *args: rule.apply({"params": args[0]}, args[1], spec), (theta, features), features)
     return typing.cast(tuple[Array, ...], rule.apply({"params": theta}, features))
 
 
-def _in_auto_mode(function: Callable[[Any, tuple[Array, ...]], Any], theta: Any, arrays: tuple[Array, ...]) -> Any:
-    """`function(theta, arrays)`, whose results are sharded as the arrays, with shardings inside left to the compiler.
+def _in_auto_mode(function: Callable[..., Any], arguments: tuple[Any, ...], like: Any) -> Any:
+    """`function(*arguments)`, whose results are sharded as `like`, with shardings inside left to the compiler.
 
-    A graph brings tensors of different shardings together, which explicit axes would have to be told how to.
+    A graph brings tensors of different shardings together, and a matrix is made of several axes, which explicit axes
+    would have to be told how to.
     """
     if not jax.sharding.get_abstract_mesh().explicit_axes:
-        return function(theta, arrays)
-    shardings = tuple(jax.typeof(array).sharding for array in arrays)
-    return jax.sharding.auto_axes(function, out_sharding=shardings)(theta, arrays)
+        return function(*arguments)
+    shardings = jax.tree.map(lambda array: jax.typeof(array).sharding, like)
+    return jax.sharding.auto_axes(function, out_sharding=shardings)(*arguments)
 
 
 def _columns(rows: Sequence[Sequence[Array]]) -> list[list[Array]]:

@@ -8,6 +8,7 @@ import pytest
 
 from ngjax.metatrain.comparison import (
     DIVERGED_ABOVE,
+    HAND_MADE,
     LAST_STEPS,
     SGD_MOMENTUM,
     WINDOW,
@@ -44,7 +45,7 @@ def result(losses, first=1.0):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"unknown optimizer 'adagrad'; known are adam, adamw, sgd"):
+    with pytest.raises(ValueError, match=r"unknown optimizer 'adagrad'; known are adam, adamw, sgd, muon"):
         hand_made("adagrad")
 
 
@@ -137,11 +138,12 @@ def test_at_a_seed_all_optimizers_meet_the_same_network_and_batches():
         trainer = make_trainer(hand_made(name), quadratic.TASK, "constant", STEPS)
         return run_once(trainer, {}, quadratic.points(), peak_rate=0.0, seed=seed)
 
-    still = [standing("adam", 1), standing("sgd", 1), standing("sgd", 2)]
-    np.testing.assert_array_equal(still[0].train_losses, still[1].train_losses)
-    assert still[0].first_loss == still[1].first_loss
-    assert np.ptp(still[0].train_losses) > 0  # batches differ from step to step
-    assert not np.any(still[1].train_losses == still[2].train_losses)
+    first, *others = [standing(name, 1) for name in HAND_MADE]
+    for other in others:
+        np.testing.assert_array_equal(other.train_losses, first.train_losses)
+        assert other.first_loss == first.first_loss
+    assert np.ptp(first.train_losses) > 0  # batches differ from step to step
+    assert not np.any(standing("sgd", 2).train_losses == first.train_losses)
 
 
 def test_all_test_examples_count_the_same():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from ngjax.metatrain.optimizers import LearnedOptimizer
 from ngjax.metatrain.tasks import rescale, sample_batch
@@ -82,34 +83,38 @@ def test_a_run_is_over_at_its_horizon_or_when_it_diverges():
     assert [leaf.dtype for leaf in jax.tree.leaves(none)] == [leaf.dtype for leaf in jax.tree.leaves(run)]
 
 
-def by_hand(trainer, theta, run, data, length):
-    """Losses, and the mean of the gradients through single steps, with a loop and the definition."""
-    optimizer = trainer.optimizer(theta, run.peak, run.horizon)
-    params, opt_state, gradients, losses = run.params, run.opt_state, [], []
-    gradient = run.gradient
-    for step in range(length):
-        batch = sample_batch(jax.random.fold_in(run.key, step), data.train, trainer.task.batch_size)
+def by_hand(trainer, theta, run, data, length, credit_decay):
+    """Parameters, losses, and the gradient of the mean loss where what the optimizer reads is constant."""
 
-        def loss_at(q, batch=batch):
-            return trainer.task.loss(rescale(run.scales, q), batch)
+    def mean_loss(theta):
+        optimizer = trainer.optimizer(theta, run.peak, run.horizon)
+        params, opt_state, gradient = run.params, run.opt_state, run.gradient
+        varied, losses = jax.tree.map(jnp.zeros_like, params), []  # zero, with the derivatives of the steps so far
+        for step in range(length):
+            batch = sample_batch(jax.random.fold_in(run.key, step), data.train, trainer.task.batch_size)
 
-        def loss_after(theta, gradient=gradient, opt_state=opt_state, params=params, loss_at=loss_at):
-            updates, _ = trainer.optimizer(theta, run.peak, run.horizon).update(gradient, opt_state, params)
-            return jnp.log(loss_at(optax.apply_updates(params, updates)) + LOSS_FLOOR)
+            def loss_at(q, batch=batch):
+                return trainer.task.loss(rescale(run.scales, q), batch)
 
-        gradients.append(jax.grad(loss_after)(theta))
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        loss, gradient = jax.value_and_grad(loss_at)(params)
-        losses.append(loss)
-    return params, jnp.stack(losses), jax.tree.map(lambda *g: sum(g) / length, *gradients)
+            updates, new_state = optimizer.update(gradient, opt_state, params)
+            constant, opt_state = jax.lax.stop_gradient((updates, new_state))
+            varied = jax.tree.map(lambda v, u, c: credit_decay * v + u - c, varied, updates, constant)
+            params = optax.apply_updates(params, constant)
+            losses.append(loss_at(optax.apply_updates(params, varied)))
+            gradient = jax.grad(loss_at)(params)
+        losses = jnp.stack(losses)
+        return jnp.mean(jnp.log(losses + LOSS_FLOOR)), (params, losses)
+
+    gradient, (params, losses) = jax.grad(mean_loss, has_aux=True)(theta)
+    return params, losses, gradient
 
 
-def check_against_a_loop(trainer, theta, data, length):
+def check_against_a_loop(trainer, theta, data, length, credit_decay):
     @jax.jit
     def both(theta, data):
         run = start_run(trainer, theta, jax.random.key(3), data)
-        return unroll_with_gradient(trainer, theta, run, data, length), by_hand(trainer, theta, run, data, length)
+        arguments = trainer, theta, run, data, length, credit_decay
+        return unroll_with_gradient(*arguments), by_hand(*arguments)
 
     (run, losses, gradient), (params, expected_losses, expected) = both(theta, data)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
@@ -120,21 +125,22 @@ def check_against_a_loop(trainer, theta, data, length):
     assert run.count == length
 
 
-def test_gradients_are_those_of_single_steps_on_fresh_batches():
-    check_against_a_loop(TRAINER, quadratic.theta(0.0), quadratic.points(), 5)
+@pytest.mark.parametrize("credit_decay", [0.0, 0.5, 1.0])
+def test_gradients_are_those_of_losses_on_fresh_batches(credit_decay):
+    check_against_a_loop(TRAINER, quadratic.theta(0.0), quadratic.points(), 5, credit_decay)
 
 
 def test_gradients_of_a_learned_optimizer():
     rule = FFRule(width=4, num_hidden=1)
     trainer = Trainer(quadratic.TASK, LearnedOptimizer(rule), RunSettings((10,), (0.1, 0.2)))
-    check_against_a_loop(trainer, init_meta_params(jax.random.key(0), rule), quadratic.points(), 2)
+    check_against_a_loop(trainer, init_meta_params(jax.random.key(0), rule), quadratic.points(), 2, 1.0)
 
 
 def test_an_unroll_without_gradients_is_the_same():
     @jax.jit
     def both(theta, data):
         run = start_run(TRAINER, theta, jax.random.key(3), data)
-        return unroll_with_gradient(TRAINER, theta, run, data, 5)[:2], unroll(TRAINER, theta, run, data, 5)
+        return unroll_with_gradient(TRAINER, theta, run, data, 5, 1.0)[:2], unroll(TRAINER, theta, run, data, 5)
 
     with_gradient, without = both(quadratic.theta(0.0), quadratic.points())
     jax.tree.map(
@@ -151,7 +157,7 @@ def test_a_run_that_diverges_gives_no_gradient_that_is_not_finite():
     @jax.jit
     def diverging(theta):
         run = start_run(trainer, theta, jax.random.key(0), data)
-        return unroll_with_gradient(trainer, theta, run, data, 30)
+        return unroll_with_gradient(trainer, theta, run, data, 30, 1.0)
 
     run, losses, gradient = diverging(quadratic.theta(5.0))
     assert not np.all(np.isfinite(losses))

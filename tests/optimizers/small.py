@@ -7,12 +7,13 @@ import numpy as np
 
 import ngjax
 from ngjax.optimizers import Celo2Rule, FFRule, LSTMRule, init_meta_params, ng_learned_opt
+from ngjax.optimizers.features import NORMALIZED_FEATURES
 from ngjax.optimizers.named_rules import nfn_rule, ng_gnn_rule, ng_t_rule
 
 RULES = {
     "ff": FFRule(width=8, num_hidden=1),
     "lstm": LSTMRule(width=8),
-    "ng-gnn": ng_gnn_rule(8, num_layers=1, num_hidden=1),
+    "ng-gnn": ng_gnn_rule(8, num_layers=1, num_hidden=1, reads=NORMALIZED_FEATURES),
     "ng-t": ng_t_rule(8, num_layers=1, num_hidden=1),
     "nfn": nfn_rule(8, num_layers=1, num_hidden=1),
     "celo2": Celo2Rule(width=8),

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import ngjax
-from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, shipped
+from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, shipped, steps
 from ngjax.optimizers.named_rules import ng_gnn_rule
 from ngjax.optimizers.parts import inferred_spec
 from tests.optimizers.small import RULES, SPEC, assert_close, meta_params, normal, run
@@ -34,18 +34,53 @@ def test_normalized_steps_have_a_root_mean_square_of_the_learning_rate():
         np.testing.assert_allclose(sizes, 0.3, rtol=1e-5)
 
 
-def test_a_normalized_step_is_the_direction_of_the_papers():
-    # The exponent's factor is nearly one, so the two differ by their size alone.
+def unit_rms(x):
+    return x / np.sqrt(np.mean(np.square(x)))
+
+
+def test_a_normalized_step_adds_the_learned_direction_to_momentum():
+    # Of biases, which are not orthogonalized. The paper's step says what is learned: the exponent is nearly zero.
     paper, normalized = updates(step="paper"), updates(learning_rate=1.0)
-    for ours, theirs in zip(jax.tree.leaves(normalized), jax.tree.leaves(paper), strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b / np.sqrt(np.mean(np.square(b))), rtol=1e-4, atol=1e-5)
+    for layer in PARAMS:
+        momentum = 0.0
+        for step, gradient in enumerate(GRADIENTS):
+            momentum = 0.9 * momentum + gradient[layer]["bias"]
+            nominal = unit_rms(gradient[layer]["bias"] + 0.9 * momentum)
+            learned = 0.1 * paper[layer]["bias"][step] / 0.01
+            found = normalized[layer]["bias"][step]
+            np.testing.assert_allclose(found, unit_rms(learned - nominal), rtol=1e-4, atol=1e-5)
 
 
-def test_a_direction_of_zero_stays_zero_and_its_gradient_finite():
-    head, moving = jnp.zeros((3, 2)), jnp.ones(3, bool)
-    assert np.all(heads.normalized_step(head, moving) == 0)
-    assert np.all(np.isfinite(jax.grad(lambda head: jnp.sum(heads.normalized_step(head, moving)))(head)))
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (3, 3, 5, 7), (2, 4, 8), (5, 5)])
+def test_matrices_are_orthogonalized(shape):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    longest = shape.index(max(shape))
+
+    def matrix(x):
+        return np.moveaxis(x, longest, -1).reshape(-1, shape[longest])
+
+    found = np.asarray(jax.jit(steps.orthogonalized)(jnp.asarray(x)))
+    left, values, right = np.linalg.svd(matrix(x), full_matrices=False)
+    coordinates = left.T @ matrix(found) @ right.T
+    # Singular vectors stay, singular values come near one.
+    np.testing.assert_allclose(coordinates, np.diag(np.diag(coordinates)), atol=1e-3)
+    assert np.all((np.diag(coordinates) > 0.6) & (np.diag(coordinates) < 1.25))
+    assert np.ptp(values) > 0.5
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 5), (0, 4)])
+def test_what_is_no_matrix_is_not_orthogonalized(shape):
+    x = jnp.ones(shape)
+    np.testing.assert_array_equal(steps.orthogonalized(x), x)
+
+
+def test_without_a_gradient_steps_are_zero_and_their_derivatives_finite():
+    def step(head):
+        return steps.normalized_step(head, jnp.zeros((3, 2)), [jnp.zeros((3, 2))] * 5)
+
+    head = jnp.ones((3, 2, 2))
+    assert np.all(step(head) == 0)
+    assert np.all(np.isfinite(jax.grad(lambda head: jnp.sum(step(head)))(head)))
 
 
 @pytest.mark.parametrize("name", ["ff", "ng-gnn"])

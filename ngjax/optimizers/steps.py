@@ -1,0 +1,82 @@
+"""From the two numbers that a rule says of every scalar, direction `s` and magnitude `m`, to a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ngjax.optimizers.features import MOMENTUM_DECAYS, had_gradient, largest_is_one
+
+STEP_SCALE = 0.01
+MAGNITUDE_SCALE = 0.01
+SMALLEST_SIZE = 1e-10
+NOMINAL_DECAY = 0.9
+LEARNED_SCALE = 0.1
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Of the odd polynomial that brings singular values between 0 and 1 near one, by Jordan et al. (2024), *Muon*."""
+NEWTON_SCHULZ_STEPS = 5
+
+
+def paper_step(head: Float[Array, "... 2"]) -> Float[Array, "..."]:
+    """The update `0.01 s exp(0.01 m)` of direction `s` and magnitude `m`, to be added to the parameter."""
+    return head[..., 0] * STEP_SCALE * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
+
+
+def normalized_step(
+    head: Float[Array, "*s 2"], gradient: Float[Array, "*s"], momenta: Sequence[Float[Array, "*s"]]
+) -> Float[Array, "*s"]:
+    """A direction with a root mean square of one over the tensor; a learning rate sets its size.
+
+    It is the descent along Nesterov's momentum, brought to a root mean square of one, plus the learned direction
+    `0.1 s exp(0.01 m)`; of matrices and kernels this is `orthogonalized`. So fresh meta-parameters optimize about as
+    Muon does (Jordan et al. 2024), and what is learned is how to do better: momentum is a nominal term, as Harrison et
+    al. (2022, arXiv 2209.11208) call it.
+
+    Scalars that never had a gradient have direction zero and do not count in the mean: normalized, a rule's answer to
+    no gradient at all would be a step as large as any other.
+
+    Args:
+      head: `s` and `m` of every scalar.
+      gradient: of the tensor.
+      momenta: the updated ones, for each of `MOMENTUM_DECAYS`.
+    """
+    moving = had_gradient(momenta)
+    momentum = momenta[MOMENTUM_DECAYS.index(NOMINAL_DECAY)]
+    nominal = _unit_rms(largest_is_one(gradient.astype(jnp.float32) + NOMINAL_DECAY * momentum), moving)
+    learned = LEARNED_SCALE * head[..., 0] * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
+    direction = jnp.where(moving, learned - nominal, 0)
+    return _unit_rms(jnp.where(moving, orthogonalized(direction), 0), moving)
+
+
+def _unit_rms(x: Float[Array, "*s"], counted: Bool[Array, "*s"]) -> Float[Array, "*s"]:
+    """Divided by the root of the mean square of those that count; the others have to be zero."""
+    mean_square = jnp.sum(x**2) / jnp.maximum(1, jnp.sum(counted, dtype=x.dtype))
+    # The maximum keeps the derivative of the root finite, and a tensor of zeros where it is.
+    return x * jax.lax.rsqrt(jnp.maximum(mean_square, SMALLEST_SIZE**2))
+
+
+def orthogonalized(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """The tensor as a matrix whose singular values are near one, between 0.7 and 1.2 but for the smallest.
+
+    The matrix has the longest axis against all others: of a dense layer its kernel, of a convolution one of the
+    channels against the other and the places, of an attention layer the features against the heads. Permuting an axis
+    permutes the result. A tensor with a single axis longer than one is returned as it is.
+    """
+    if x.size <= max(x.shape, default=1):
+        return x
+    longest = x.shape.index(max(x.shape))
+    moved = jnp.moveaxis(x, longest, -1)
+    matrix = moved.reshape(-1, moved.shape[-1])
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    matrix = matrix.T if is_tall else matrix  # products with the shorter side are the smaller ones
+    matrix = matrix * jax.lax.rsqrt(jnp.maximum(jnp.sum(matrix**2), SMALLEST_SIZE**2))
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        squares = matrix @ matrix.T
+        matrix = a * matrix + (b * squares + c * squares @ squares) @ matrix
+    matrix = matrix.T if is_tall else matrix
+    return jnp.moveaxis(matrix.reshape(moved.shape), -1, longest)

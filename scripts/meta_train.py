@@ -5,8 +5,8 @@
     python scripts/meta_train.py --out runs/ff-paper --rule ff --tasks fashion-cnn-16-32-32 --scheme paper
 
 The scheme `fresh` takes losses on fresh batches, in runs of many lengths, peak learning rates and reparametrizations;
-a step is credited with all losses after it until the next outer step. The scheme `paper` is that of Kofinas et al. 2024
-(arXiv 2403.12143). Killed, a run goes on where it was when the same command is given again.
+by default a step is credited with all losses after it until the next outer step. The scheme `paper` is that of Kofinas
+et al. 2024 (arXiv 2403.12143). Killed, a run goes on where it was when the same command is given again.
 
 Writes into the output folder: `meta_params.safetensors` with `card.md`, `results.json`, `curves.png`, and
 `metrics.jsonl` and all that resuming needs.
@@ -318,9 +318,11 @@ def format_card(results: dict[str, Any]) -> str:
     """What a user of the meta-parameters wants to know of them, in Markdown."""
     config, machine, versions = (results[key] for key in ("config", "machine", "versions"))
     before = results["started_from"]
+    is_credited = (config["scheme"], config["estimator"]) == ("fresh", "one-step")
+    decay = f" with a credit decay of {config['credit_decay']:g}" if is_credited else ""
     facts = {
         "Tasks": ", ".join(config["tasks"]),
-        "Scheme": f"{config['scheme']}, {config['estimator']}, {config['outer_steps']:,} outer steps with "
+        "Scheme": f"{config['scheme']}, {config['estimator']}{decay}, {config['outer_steps']:,} outer steps with "
         f"{config['runs']} runs of {config['truncation']} inner steps each",
         "Started from": "fresh meta-parameters" if before is None else f"`{before['command']}` ({before['date']})",
         "Command": f"`{results['command']}`",

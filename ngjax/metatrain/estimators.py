@@ -63,9 +63,9 @@ class OneStep:
     See `unroll_with_gradient`.
 
     Attributes:
-      truncation: steps between two updates of the meta-parameters.
-      credit_decay: of what a step is credited with, for each step until the loss. With 0, only the loss right after it
-        counts, and what is learned is greedy: good after few steps, and behind Adam after many.
+      truncation: steps between two updates of the meta-parameters; memory grows with it, see `unroll_with_gradient`.
+      credit_decay: of what a step is credited with, for each step until the loss; from 0 to 1. With 0, only the loss
+        right after it counts, and what is learned is greedy: good after few steps, and behind Adam after many.
       equal_runs: give the gradient of each run a norm of one. It is proportional to the learning rate of the run, and
         tasks differ in it as much, so that otherwise few runs decide.
     """
@@ -73,6 +73,10 @@ class OneStep:
     truncation: int = 50
     credit_decay: float = 1.0
     equal_runs: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.credit_decay <= 1:
+            raise ValueError(f"credit_decay: expected 0 to 1, received {self.credit_decay}")
 
     def start(self, trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData) -> Run:
         return no_run(trainer, theta, key, data)

@@ -210,7 +210,8 @@ def unroll_with_gradient(
     It is the mean, over the steps, of the gradient of `meta_loss` after the step, through this one step, and through
     those before it in the unroll, times `credit_decay` for each step in between: a step is credited with what it does
     to later losses too. What the optimizer reads counts as constant (Andrychowicz et al. 2016, section 2), so that the
-    optimizee costs no more than without: the gradient that the next step learns from says all that is needed.
+    optimizee costs no more than without: the gradient that the next step learns from says all that is needed. Updates
+    are computed once more on the way back; parameters, gradients and state of the optimizer are kept of every step.
 
     Args:
       trainer: static.
@@ -224,28 +225,25 @@ def unroll_with_gradient(
       The run after the steps, the loss after each of them, and the gradient.
     """
 
-    def step(run: Run, _: None) -> tuple[Run, tuple[Run, Array, PyTree]]:
+    def step(run: Run, _: None) -> tuple[Run, tuple[tuple[PyTree, PyTree, PyTree], Array]]:
         new, _pullback = step_run(trainer, theta, run, data)
-        weight = jax.grad(meta_loss)(new.loss)
-        return new, (run, new.loss, jax.tree.map(lambda g: weight * g, new.gradient))
+        return new, ((run.gradient, run.opt_state, run.params), new.loss)
 
-    def step_back(carry: tuple[PyTree, PyTree], step: tuple[Run, PyTree]) -> tuple[tuple[PyTree, PyTree], None]:
-        total, credit = carry
-        before, gradient_after = step
-        credit = jax.tree.map(lambda g, c: g + credit_decay * c, gradient_after, credit)
-        _, _, pullback = take_step(
-            lambda theta: trainer.optimizer(theta, run.peak, run.horizon),
-            theta,
-            before.gradient,
-            before.opt_state,
-            before.params,
-        )
-        (gradient,) = pullback(credit)
-        return (jax.tree.map(jnp.add, total, finite_or_zero(gradient)), credit), None
+    def step_back(
+        carry: tuple[PyTree, PyTree, PyTree], step: tuple[tuple[PyTree, PyTree, PyTree], Array]
+    ) -> tuple[tuple[PyTree, PyTree, PyTree], None]:
+        total, credit, after = carry
+        before, loss = step
+        weight = jax.grad(meta_loss)(loss)
+        # Where a run has diverged there is nothing to learn, but the steps before that are still to learn from.
+        credit = finite_or_zero(jax.tree.map(lambda g, c: weight * g + credit_decay * c, after, credit))
+        _, _, pullback = take_step(lambda theta: trainer.optimizer(theta, run.peak, run.horizon), theta, *before)
+        total = jax.tree.map(jnp.add, total, finite_or_zero(pullback(credit)[0]))
+        return (total, credit, before[0]), None
 
-    last, (befores, losses, gradients) = jax.lax.scan(step, run, None, length)
-    zero = jax.tree.map(jnp.zeros_like, theta), jax.tree.map(jnp.zeros_like, run.gradient)
-    (total, _), _ = jax.lax.scan(step_back, zero, (befores, gradients), reverse=True)
+    last, (befores, losses) = jax.lax.scan(step, run, None, length)
+    nothing = jax.tree.map(jnp.zeros_like, theta), jax.tree.map(jnp.zeros_like, run.gradient)
+    (total, *_), _ = jax.lax.scan(step_back, (*nothing, last.gradient), (befores, losses), reverse=True)
     return last, losses, jax.tree.map(lambda g: g / length, total)
 
 

@@ -68,7 +68,10 @@ def scalar_features(
 
 
 def largest_is_one(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """A tensor divided by its greatest size, so that squares do not overflow; zeros stay zeros. Derivatives: none."""
+    """A tensor divided by its greatest size, so that squares do not overflow; zeros stay zeros.
+
+    The divisor counts as constant in derivatives.
+    """
     greatest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
     # Below the smallest normal number a quotient may be 0 / 0.
     return x / jnp.where(greatest < jnp.finfo(x.dtype).tiny, 1, greatest)

@@ -72,7 +72,6 @@ with positions that carry over between networks.
 `"nfn"`, about as large as theirs, and `"celo2"` are not among them.
 """
 
-
 _BY_STEP = {"normalized": RULES, "paper": PAPER_RULES}
 
 

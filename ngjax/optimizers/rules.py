@@ -1,7 +1,7 @@
 """Update rules: from the features of all scalars of a network to the direction and magnitude of their updates.
 
 A rule is a Linen module. It reads one array of features per parameter tensor, in the order of the layers, and returns
-one array of `(direction, magnitude)` for each. Its class says in `reads` which features these are.
+one array of `(direction, magnitude)` for each. Its `reads` says which features these are.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ class FFRule(nn.Module):
 class Celo2Rule(nn.Module):
     """A small perceptron on what each scalar is relative to its tensor, after Celo2 (Moudgil et al., arXiv 2602.19142).
 
-    With the normalized step and a schedule of the learning rate it is the recipe of Celo2-base, the variant whose
-    update is the perceptron's alone: steps do not depend on the scale of the loss, and are equally large for all
-    tensors.
+    With the normalized step and a schedule of the learning rate steps do not depend on the scale of the loss, and are
+    equally large for all tensors, as there.
 
     It is not that optimizer, and does not read its weights. The published one has 8 hidden units in each of two layers
     and 30 features, from momenta of three decays and, in a state of their own, an average of squared gradients and
@@ -56,8 +55,9 @@ class Celo2Rule(nn.Module):
     momenta of different decays, and rows and columns of the momenta themselves, stand for what these averages tell; a
     history of squared gradients there is not. Of the others, the averages as features of their own and the clipped
     gradient, which depends on the scale of the loss, are left out. A step is normalized over the tensor, there over its
-    last two axes; its magnitude is learned, there switched off; gradients are not clipped. (Celo2 proper also
-    orthogonalizes the updates of matrices and leaves biases and embeddings to AdamW: `optax.multi_transform`.)
+    last two axes; its magnitude is learned, there switched off; gradients are not clipped. What is learned is added to
+    momentum, see `normalized_step`, which orthogonalizes matrices as Celo2 does, but kernels too, and does not leave
+    biases and embeddings to AdamW.
 
     Attributes:
       width: of the hidden layers.

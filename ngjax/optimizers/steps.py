@@ -62,9 +62,10 @@ def _unit_rms(x: Float[Array, "*s"], counted: Bool[Array, "*s"]) -> Float[Array,
 def orthogonalized(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """The tensor as a matrix whose singular values are near one, between 0.7 and 1.2 but for the smallest.
 
-    The matrix has the longest axis against all others: of a dense layer its kernel, of a convolution one of the
-    channels against the other and the places, of an attention layer the features against the heads. Permuting an axis
-    permutes the result. A tensor with a single axis longer than one is returned as it is.
+    The matrix has the longest axis against all others, the first of those equally long: of a dense layer its kernel, of
+    a convolution usually the channels of one side against those of the other and the places, of an attention layer the
+    features against the heads; kernels of several layers in one array are one matrix. Permuting an axis permutes the
+    result. A tensor with a single axis longer than one is returned as it is.
     """
     if x.size <= max(x.shape, default=1):
         return x

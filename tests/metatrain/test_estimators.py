@@ -36,6 +36,12 @@ def test_one_step_goes_on_until_the_horizon_and_then_starts_anew():
         assert after == (12, 12) if before == (6, 12) else after[0] == 6
 
 
+@pytest.mark.parametrize("credit_decay", [-0.1, 1.5, float("nan")])
+def test_a_credit_decay_that_is_no_share_is_refused(credit_decay):
+    with pytest.raises(ValueError, match="credit_decay: expected 0 to 1, received"):
+        OneStep(credit_decay=credit_decay)
+
+
 def test_pes_is_the_gradient_through_the_whole_run():
     """In the mean over many perturbations, and summed over the truncations; a truncated gradient is another."""
     theta, length, members = quadratic.theta(-2.5, 0.5), 5, 2**15

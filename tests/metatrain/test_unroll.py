@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -150,16 +151,19 @@ def test_an_unroll_without_gradients_is_the_same():
     )
 
 
-def test_a_run_that_diverges_gives_no_gradient_that_is_not_finite():
-    trainer = dataclasses.replace(TRAINER, settings=RunSettings((100,), (1e6, 1e6)))
+def test_of_a_run_that_diverges_the_steps_before_count():
+    trainer = dataclasses.replace(TRAINER, settings=RunSettings((100,), (1e3, 1e3)))
     data = quadratic.points()
 
-    @jax.jit
-    def diverging(theta):
+    @functools.partial(jax.jit, static_argnums=1)
+    def diverging(theta, length):
         run = start_run(trainer, theta, jax.random.key(0), data)
-        return unroll_with_gradient(trainer, theta, run, data, 30, 1.0)
+        return unroll_with_gradient(trainer, theta, run, data, length, 1.0)
 
-    run, losses, gradient = diverging(quadratic.theta(5.0))
+    run, losses, gradient = diverging(quadratic.theta(0.0), 30)
     assert not np.all(np.isfinite(losses))
-    assert np.all(np.isfinite(jax.tree.leaves(gradient)))
+    assert losses[2] > LARGEST_LOSS
+    _, _, of_first = diverging(quadratic.theta(0.0), 3)
+    assert np.any(np.array(jax.tree.leaves(of_first)) != 0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(30 * a, 3 * b, rtol=1e-5), gradient, of_first)
     assert is_over(run)

@@ -173,21 +173,16 @@ def take_step(
     return optax.apply_updates(params, updates), new_state, pullback
 
 
-def step_run(trainer: Trainer, theta: PyTree, run: Run, data: TaskData) -> tuple[Run, Pullback]:
-    """One step of the optimizer, and loss and gradient of where it leads, on a fresh batch.
-
-    Returns:
-      The run after the step, and the pullback of the step, which may take the gradient of this run.
-    """
+def step_run(trainer: Trainer, theta: PyTree, run: Run, data: TaskData) -> Run:
+    """The run after one step of the optimizer, with loss and gradient of where it leads, on a fresh batch."""
 
     def optimizer_of(theta: PyTree) -> optax.GradientTransformation:
         return trainer.optimizer(theta, run.peak, run.horizon)
 
-    params, opt_state, pullback = take_step(optimizer_of, theta, run.gradient, run.opt_state, run.params)
+    params, opt_state, _ = take_step(optimizer_of, theta, run.gradient, run.opt_state, run.params)
     batch = sample_batch(jax.random.fold_in(run.key, run.count), data.train, trainer.task.batch_size)
     loss, gradient = trainer.loss_and_gradient(params, run.scales, batch)
-    new = run._replace(params=params, opt_state=opt_state, loss=loss, gradient=gradient, count=run.count + 1)
-    return new, pullback
+    return run._replace(params=params, opt_state=opt_state, loss=loss, gradient=gradient, count=run.count + 1)
 
 
 def unroll(
@@ -196,7 +191,7 @@ def unroll(
     """`length` steps, and the loss after each of them, on a fresh batch."""
 
     def step(run: Run, _: None) -> tuple[Run, Array]:
-        run, _pullback = step_run(trainer, theta, run, data)
+        run = step_run(trainer, theta, run, data)
         return run, run.loss
 
     return jax.lax.scan(step, run, None, length)
@@ -226,7 +221,7 @@ def unroll_with_gradient(
     """
 
     def step(run: Run, _: None) -> tuple[Run, tuple[tuple[PyTree, PyTree, PyTree], Array]]:
-        new, _pullback = step_run(trainer, theta, run, data)
+        new = step_run(trainer, theta, run, data)
         return new, ((run.gradient, run.opt_state, run.params), new.loss)
 
     def step_back(

@@ -67,20 +67,17 @@ def scalar_features(
     return log_sign(jnp.stack(parts, axis=-1))
 
 
-def largest_is_one(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """A tensor divided by its greatest size, so that squares do not overflow; zeros stay zeros.
+def unit_rms(x: Float[Array, "*s"], counted: Bool[Array, "*s"] | None = None) -> Float[Array, "*s"]:
+    """A tensor divided by the root of the mean of its squares, for numbers of any size; zero where all are.
 
-    The divisor counts as constant in derivatives.
+    The mean is over the scalars that are `counted`, by default all; the others have to be zero.
     """
+    # Squares of what is at most one do not overflow. Below the smallest normal number a quotient may be 0 / 0.
+    # The result does not depend on this number, so neither do derivatives.
     greatest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
-    # Below the smallest normal number a quotient may be 0 / 0.
-    return x / jnp.where(greatest < jnp.finfo(x.dtype).tiny, 1, greatest)
-
-
-def unit_rms(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """A tensor divided by the root of the mean of its squares, for numbers of any size; zero where all are."""
-    x = largest_is_one(x)  # which does not change the result, nor derivatives
-    mean_square = jnp.sum(x**2) / max(1, x.size)
+    x = x / jnp.where(greatest < jnp.finfo(x.dtype).tiny, 1, greatest)
+    count = x.size if counted is None else jnp.sum(counted, dtype=x.dtype)
+    mean_square = jnp.sum(x**2) / jnp.maximum(1, count)
     return x * jax.lax.rsqrt(jnp.maximum(mean_square, SMALLEST_MEAN_SQUARE))
 
 

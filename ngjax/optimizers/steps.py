@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from ngjax.optimizers.features import MOMENTUM_DECAYS, had_gradient, largest_is_one
+from ngjax.optimizers.features import MOMENTUM_DECAYS, had_gradient, unit_rms
 
 STEP_SCALE = 0.01
 MAGNITUDE_SCALE = 0.01
@@ -46,17 +46,10 @@ def normalized_step(
     """
     moving = had_gradient(momenta)
     momentum = momenta[MOMENTUM_DECAYS.index(NOMINAL_DECAY)]
-    nominal = _unit_rms(largest_is_one(gradient.astype(jnp.float32) + NOMINAL_DECAY * momentum), moving)
+    nominal = unit_rms(gradient.astype(jnp.float32) + NOMINAL_DECAY * momentum, moving)
     learned = LEARNED_SCALE * head[..., 0] * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
     direction = jnp.where(moving, learned - nominal, 0)
-    return _unit_rms(jnp.where(moving, orthogonalized(direction), 0), moving)
-
-
-def _unit_rms(x: Float[Array, "*s"], counted: Bool[Array, "*s"]) -> Float[Array, "*s"]:
-    """Divided by the root of the mean square of those that count; the others have to be zero."""
-    mean_square = jnp.sum(x**2) / jnp.maximum(1, jnp.sum(counted, dtype=x.dtype))
-    # The maximum keeps the derivative of the root finite, and a tensor of zeros where it is.
-    return x * jax.lax.rsqrt(jnp.maximum(mean_square, SMALLEST_SIZE**2))
+    return unit_rms(jnp.where(moving, orthogonalized(direction), 0), moving)
 
 
 def orthogonalized(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ngjax.optimizers.features import MOMENTUM_DECAYS, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.leaves import Leaves, check_same, read_leaves
+from ngjax.optimizers.meta_file import MetaFile
 from ngjax.optimizers.meta_params import checked_meta_params
 from ngjax.optimizers.named_rules import Rule, computing, find_rule
 from ngjax.optimizers.order import natural_layer_order, spec_layer_order
@@ -53,7 +54,7 @@ def ng_learned_opt(
     rule: str | Rule = "ng-gnn",
     *,
     spec: NeuralGraphSpec | None = None,
-    meta_params: Mapping[str, Any] | None = None,
+    meta_params: Mapping[str, Any] | MetaFile | None = None,
     step: str = "normalized",
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: float | Array = 0.0,
@@ -80,8 +81,9 @@ def ng_learned_opt(
         names (`infer_spec` says what this misses: branches, residual blocks, blocks in Linen that call a layer on
         another one made later). Where that is refused, as for normalization layers, one warning says so and every
         scalar is updated without a graph; `"lstm"` takes the order of the names, see `natural_layer_order`.
-      meta_params: what `init_meta_params` returned, meta-trained; `None` for those that come with the package. They may
-        be traced, so that gradients with respect to them can be taken.
+      meta_params: what `load_meta_params` read, which has to be of this rule and step; or the arrays alone, as
+        `init_meta_params` returns them, which may be traced, so that gradients with respect to them can be taken;
+        `None` for those that come with the package.
       step: `"normalized"`: momentum plus a learned direction, orthogonalized in matrices and kernels as in Muon, with
         a root mean square of one over each tensor, times the learning rate; see `normalized_step`. Scalars that never
         had a gradient do not move and do not count; a tensor of one number moves by the learning rate.
@@ -96,15 +98,18 @@ def ng_learned_opt(
         Where an update is differentiated, each chunk is computed again: `2**10` makes meta-training faster on CPU.
 
     Raises:
-      ValueError: an unknown rule or step; no meta-parameters where none are shipped; those of another rule or size; a
-        negative number; a dtype that JAX does not compute in. `init`: a leaf that the spec does not have. `update`: no
-        `params`; other leaves than those `init` saw.
+      ValueError: an unknown rule or step; no meta-parameters where none are shipped; those of another rule, size or
+        step; a negative number; a dtype that JAX does not compute in. `init`: a leaf that the spec does not have.
+        `update`: no `params`; other leaves than those `init` saw.
       TypeError: meta-parameters, parameters or gradients that are not real floating arrays; a spec, a number or a state
         that is none.
     """
     found = find_rule(rule, step)
     if spec is not None and not isinstance(spec, NeuralGraphSpec):
         raise TypeError(f"spec: expected a NeuralGraphSpec, as trace_spec makes it; received {type(spec).__name__}")
+    if isinstance(meta_params, MetaFile):
+        _check_file(meta_params, rule, step)
+        meta_params = meta_params.theta
     if meta_params is None and isinstance(rule, str):
         meta_params = shipped_meta_params(rule, step)
 
@@ -198,6 +203,14 @@ def learned_opt(
         return gradients.treedef.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_file(file: MetaFile, rule: str | Rule, step: str) -> None:
+    """Raises where a file says that its meta-parameters are of another rule or step: shapes may agree all the same."""
+    for name, expected in (("rule", rule), ("step", step)):
+        found = file.metadata.get(name, expected)
+        if isinstance(expected, str) and found != expected:
+            raise ValueError(f"meta_params: expected those of {name}={expected!r}, the file has those of {found!r}")
 
 
 def _check_amount(name: str, value: Any) -> None:

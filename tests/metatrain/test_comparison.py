@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from ngjax.metatrain.comparison import (
@@ -47,6 +48,26 @@ def result(losses, first=1.0):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"unknown optimizer 'adagrad'; known are adam, adamw, sgd, muon"):
         hand_made("adagrad")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adam", optax.adam(0.1)),
+        ("adamw", optax.adamw(0.1, weight_decay=0.01)),
+        ("sgd", optax.sgd(0.1, momentum=0.9)),
+        ("muon", optax.contrib.muon(0.1)),
+    ],
+)
+def test_optimizers_by_name_are_those_of_optax(name, expected):
+    params, gradient = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, {"w": jnp.eye(2, 3), "b": jnp.arange(3.0)}
+
+    def update(optimizer):
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            return optimizer.update(gradient, optimizer.init(params), params)[0]
+
+    found = update(hand_made(name).make_optimizer({}, quadratic.TASK, lambda count: jnp.float32(0.1)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, update(expected))
 
 
 def fresh_theta(rule):

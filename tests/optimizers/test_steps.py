@@ -51,7 +51,7 @@ def test_a_normalized_step_adds_the_learned_direction_to_momentum():
             np.testing.assert_allclose(found, unit_rms(learned - nominal), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (3, 3, 5, 7), (2, 4, 8), (5, 5)])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (3, 3, 7, 5), (2, 4, 8), (5, 5)])
 def test_matrices_are_orthogonalized(shape):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     longest = shape.index(max(shape))
@@ -72,6 +72,10 @@ def test_matrices_are_orthogonalized(shape):
 def test_what_is_no_matrix_is_not_orthogonalized(shape):
     x = jnp.ones(shape)
     np.testing.assert_array_equal(steps.orthogonalized(x), x)
+
+
+def test_zeros_stay_zeros_when_orthogonalized():
+    assert np.all(steps.orthogonalized(jnp.zeros((3, 2))) == 0)
 
 
 def test_without_a_gradient_steps_are_zero_and_their_derivatives_finite():

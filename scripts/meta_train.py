@@ -151,7 +151,7 @@ def main(config: Config) -> dict[str, Any]:
             f"{before.metadata['step']}, expected {config.rule} with step={step}"
         )
     init_key, run_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
-    theta = init_meta_params(init_key, rule) if before is None else before.theta
+    theta = init_meta_params(init_key, rule, step) if before is None else before.theta
     say(f"{config.rule}, scheme {config.scheme}, {config.outer_steps:,} outer steps on {', '.join(config.tasks)}")
     start = time.perf_counter()
     result = meta_train(

@@ -18,7 +18,7 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def check_leaves(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Sequence[tuple[int, ...]]) -> list[int]:
-    """The number in the spec of each leaf.
+    """The number in the spec of each leaf. Leaves may be those of Linen's `params`, the spec that of all variables.
 
     Raises:
       ValueError: a leaf is no floating parameter of the spec, or of another shape. The spec may have more parameters.
@@ -27,14 +27,20 @@ def check_leaves(spec: NeuralGraphSpec, paths: Sequence[Path], shapes: Sequence[
     found = []
     for path, shape in zip(paths, shapes, strict=True):
         name = "/".join(map(str, path_keys(path))) or "<root>"
-        number = numbers.get(path_keys(without_value(path)))
+        keys = path_keys(without_value(path))
+        number = numbers.get(keys, numbers.get(("params", *keys)))
         if number is None:
-            raise ValueError(f"parameter {name} {shape} is not part of the spec")
+            raise ValueError(f"parameter {name} {shape} is not part of the spec, which has {_first_names(spec)}")
         expected = spec.params[number].shape
         if expected != shape:
             raise ValueError(f"parameter {name}: the spec expects shape {expected}, received {shape}")
         found.append(number)
     return found
+
+
+def _first_names(spec: NeuralGraphSpec, count: int = 3) -> str:
+    names = [format_path(param.path) for param in spec.params]
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 # The constructor of a spec checks it, which takes a while for a large one; an optimizer asks in every step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,7 @@ MAGNITUDE_SCALE = 0.01
 SMALLEST_SIZE = 1e-10
 NOMINAL_DECAY = 0.9
 LEARNED_SCALE = 0.1
+UNIT_WIDTH = 16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial that brings singular values between 0 and 1 near one, by Jordan et al. (2024), *Muon*."""
@@ -29,12 +31,12 @@ def paper_step(head: Float[Array, "... 2"]) -> Float[Array, "..."]:
 def normalized_step(
     head: Float[Array, "*s 2"], gradient: Float[Array, "*s"], momenta: Sequence[Float[Array, "*s"]]
 ) -> Float[Array, "*s"]:
-    """A direction with a root mean square of one over the tensor; a learning rate sets its size.
+    """A direction with a root mean square of `step_size` over the tensor; a learning rate multiplies it.
 
     It is the descent along Nesterov's momentum, brought to a root mean square of one, plus the learned direction
-    `0.1 s exp(0.01 m)`; of matrices and kernels this is `orthogonalized`. So fresh meta-parameters optimize about as
-    Muon does (Jordan et al. 2024), and what is learned is how to do better: momentum is a nominal term, as Harrison et
-    al. (2022, arXiv 2209.11208) call it.
+    `0.1 s exp(0.01 m)`; of matrices and kernels this is `orthogonalized`. Where nothing has been learned yet, `s` is
+    zero, as with what `init_meta_params` draws: the step is then about that of Muon (Jordan et al. 2024). Momentum is a
+    nominal term, as Harrison et al. (2022, arXiv 2209.11208) call it.
 
     Scalars that never had a gradient have direction zero and do not count in the mean: normalized, a rule's answer to
     no gradient at all would be a step as large as any other.
@@ -49,7 +51,18 @@ def normalized_step(
     nominal = unit_rms(gradient.astype(jnp.float32) + NOMINAL_DECAY * momentum, moving)
     learned = LEARNED_SCALE * head[..., 0] * jnp.exp(MAGNITUDE_SCALE * head[..., 1])
     direction = jnp.where(moving, learned - nominal, 0)
-    return unit_rms(jnp.where(moving, orthogonalized(direction), 0), moving)
+    return step_size(gradient.shape) * unit_rms(jnp.where(moving, orthogonalized(direction), 0), moving)
+
+
+def step_size(shape: Sequence[int]) -> float:
+    """Root mean square of a normalized step: one of vectors, `sqrt(16 / longest axis)` of matrices and kernels.
+
+    What a step of a wide layer does to its outputs grows with the root of its width, if all numbers of it are as large
+    as those of a narrow one; this is taken out, so that the same learning rate suits all widths (Yang et al. 2022,
+    arXiv 2203.03466; Bernstein & Newhouse 2024, arXiv 2409.20325).
+    """
+    longest = max(shape, default=1)
+    return math.sqrt(UNIT_WIDTH / longest) if math.prod(shape) > longest else 1.0
 
 
 def orthogonalized(x: Float[Array, "*s"]) -> Float[Array, "*s"]:

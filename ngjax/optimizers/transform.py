@@ -69,14 +69,15 @@ def ng_learned_opt(
     meta-parameters are, from 1e-30 to 1e30; gradients that are not finite give updates that are not, for
     `optax.apply_if_finite` to notice: a rule that reads a graph carries them through all of it, and momenta keep them.
     Leaves that are masked (`optax.MaskedNode`, `None`) are left out as in all of `optax`. (`optax.inject_hyperparams`
-    takes a rule that is an object for a schedule, unless told `static_args=("rule",)`.)
+    needs `static_args=("rule", "chunk")` where these are given: it takes an object for a schedule, and traces numbers.)
 
     Args:
       rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself,
         `"celo2"` each relative to its tensor, `"lstm"` runs over the tensors of the network, in the sizes of `RULES`,
         and with `step="paper"` of `PAPER_RULES`; or a rule of another size, as `FFRule(width=32)`.
       spec: of the architecture, as `trace_spec` makes it. It is the graph of rules that read one and tells `"lstm"` the
-        order of the layers; it may have more parameters than the tree, whose edges are then left out. Without one,
+        order of the layers; it may have more parameters than the tree, whose edges are then left out, and be of all
+        variables of a Linen module where the tree is `variables["params"]`. Without one,
         graphs are inferred from names and shapes, which assumes a chain of layers that are called in the order of their
         names (`infer_spec` says what this misses: branches, residual blocks, blocks in Linen that call a layer on
         another one made later). Where that is refused, as for normalization layers, one warning says so and every
@@ -85,8 +86,8 @@ def ng_learned_opt(
         `init_meta_params` returns them, which may be traced, so that gradients with respect to them can be taken;
         `None` for those that come with the package.
       step: `"normalized"`: momentum plus a learned direction, orthogonalized in matrices and kernels as in Muon, with
-        a root mean square of one over each tensor, times the learning rate; see `normalized_step`. Scalars that never
-        had a gradient do not move and do not count; a tensor of one number moves by the learning rate.
+        a root mean square of `step_size` over each tensor, times the learning rate; see `normalized_step`. Scalars that
+        never had a gradient do not move and do not count; a tensor of one number moves by the learning rate.
         `"paper"`: direction and magnitude are learned. Meta-parameters belong to the one they were meta-trained with.
       learning_rate: what a step is multiplied by, a number or a function of the steps taken; `None` for 1 with
         `"paper"`, and 0.01 with `"normalized"`.

@@ -24,7 +24,8 @@ SPEC = ngjax.mlp_spec(SIZES)
 
 @functools.cache
 def meta_params(name):
-    return init_meta_params(jax.random.key(7), RULES[name])
+    # As for the paper's step, so that what is learned is not zero.
+    return init_meta_params(jax.random.key(7), RULES[name], "paper")
 
 
 @functools.cache

@@ -28,10 +28,28 @@ def scaled(tree, factor):
     return jax.tree.map(lambda leaf: np.asarray(factor, np.float32) * leaf, tree)
 
 
-def test_normalized_steps_have_a_root_mean_square_of_the_learning_rate():
+def test_normalized_steps_have_a_root_mean_square_of_the_learning_rate_times_their_size():
     for leaf in jax.tree.leaves(updates(learning_rate=0.3)):
         sizes = np.sqrt(np.mean(np.square(leaf), axis=tuple(range(1, leaf.ndim))))
-        np.testing.assert_allclose(sizes, 0.3, rtol=1e-5)
+        expected = 0.3 if leaf.ndim == 2 else 0.3 * np.sqrt(16 / max(leaf.shape[1:]))  # the first axis is that of steps
+        np.testing.assert_allclose(sizes, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((), 1), ((64,), 1), ((1, 64), 1), ((16, 4), 1), ((64, 16), 0.5), ((3, 3, 16, 4), 1), ((0, 4), 1)],
+)
+def test_steps_of_wide_layers_are_smaller(shape, size):
+    assert steps.step_size(shape) == size
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_fresh_meta_parameters_add_nothing_to_momentum(name):
+    theta = init_meta_params(jax.random.key(0), RULES[name])
+    nothing = jax.tree.map(jnp.zeros_like, theta)
+    found, expected = (ng_learned_opt(RULES[name], meta_params=given, spec=SPEC) for given in (theta, nothing))
+    jax.tree.map(np.testing.assert_array_equal, run(found, PARAMS, GRADIENTS)[0], run(expected, PARAMS, GRADIENTS)[0])
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(theta))
 
 
 def unit_rms(x):
@@ -98,7 +116,8 @@ def test_scalars_without_any_gradient_stay_where_they_are(name):
     found = updates(name, without, learning_rate=0.3)["layer_0"]
     assert np.all(found["bias"] == 0)
     assert np.all(found["kernel"][:, 1:] == 0)
-    np.testing.assert_allclose(np.sqrt(np.mean(found["kernel"][:, 0] ** 2, axis=1)), 0.3, rtol=1e-5)
+    size = 0.3 * steps.step_size(found["kernel"].shape[1:])
+    np.testing.assert_allclose(np.sqrt(np.mean(found["kernel"][:, 0] ** 2, axis=1)), size, rtol=1e-5)
 
 
 def test_learning_rates_may_be_schedules_of_the_steps_taken():
@@ -198,6 +217,20 @@ def test_without_a_spec_the_graph_is_inferred():
     assert_close(run(optimizer, PARAMS, GRADIENTS)[0], updates("ng-gnn"))
 
 
+@pytest.mark.parametrize("name", ["ng-gnn", "lstm"])
+def test_a_spec_of_all_variables_is_one_of_the_params_of_linen(name):
+    def apply(variables, x):
+        statistics, layers = variables["batch_stats"], [variables["params"][f"layer_{i}"] for i in range(2)]
+        x = jax.nn.relu(x @ layers[0]["kernel"] + layers[0]["bias"] - statistics["mean"])
+        return x @ layers[1]["kernel"] + layers[1]["bias"]
+
+    variables = {"params": PARAMS, "batch_stats": {"mean": np.zeros(8, np.float32)}}
+    spec = ngjax.trace_spec(apply, variables, np.ones((1, 4), np.float32))
+    optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), spec=spec)
+    expected, _ = run(optimizer, {"params": PARAMS}, [{"params": gradient} for gradient in GRADIENTS[:1]])
+    assert_close(updates(name, GRADIENTS[:1], spec=spec), expected["params"])
+
+
 def test_what_has_no_graph_is_updated_one_by_one_with_one_warning():
     inferred_spec.cache_clear()
     optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"))
@@ -246,7 +279,7 @@ def test_the_graph_tells_scalars_with_the_same_features_apart():
     gradient["layer_1"]["kernel"][0] = 5.0
     for name, rule in {"ff": RULES["ff"], "ng-gnn": ng_gnn_rule(8, num_layers=2, num_hidden=1)}.items():
         # The paper's step, as orthogonalizing makes rounding as large as what this is about.
-        theta = init_meta_params(jax.random.key(7), rule)
+        theta = init_meta_params(jax.random.key(7), rule, "paper")
         optimizer = ng_learned_opt(rule, meta_params=theta, spec=SPEC, step="paper")
         first, second, *_ = run(optimizer, params, [gradient])[0]["layer_0"]["kernel"][0, 0]
         assert (abs(first - second) > 1e-6) == (name == "ng-gnn")

@@ -96,7 +96,7 @@ def inferred_spec(paths: tuple[Path, ...], shapes: Shapes, left_out: tuple[Path,
             "updated one by one, without what their neighbours know; pass "
             "ng_learned_opt(..., spec=ngjax.trace_spec(apply_fn, params, *inputs)), or take a rule that reads no "
             f"graph, as ng_learned_opt('ff'). The reason: {error}",
-            stacklevel=2,
+            stacklevel=4,  # who called init or update
         )
         return None
     names = tuple((PathKey("dict", name),) for name in tree)

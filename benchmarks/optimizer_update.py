@@ -9,7 +9,7 @@ are
     meta-step    gradient of the optimizee, update, loss and gradient behind it, and from there to the meta-parameters;
                  also less the two gradients of the optimizee
 
-Each side runs in a process of its own with the same number of threads:
+Each side runs in a process of its own with the same number of threads and the same environment:
 
     ngjax        this library
     PyTorch      a public reimplementation, from a checkout of github.com/lsbicego/learning-gnns, where one is given
@@ -29,6 +29,7 @@ import importlib
 import itertools
 import json
 import multiprocessing
+import os
 import pathlib
 import platform
 import sys
@@ -91,6 +92,7 @@ def main(config: Config) -> None:
             "rows": rows,
             "config": {**dataclasses.asdict(config), "reference": config.reference is not None, "out": None},
             "machine": {"processor": processor_name(), "cores": available_cores(), "system": platform.platform()},
+            "allocator": os.environ.get("GLIBC_TUNABLES"),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "table": table.splitlines(),
         }

@@ -181,10 +181,12 @@ def learned_opt(
         check_same(momenta[0], gradients)
         check_same(momenta[0], values)
         new_momenta = [
-            update_momenta(old, gradient)
+            _update_momenta(old, gradient)
             for gradient, *old in zip(gradients.arrays, *(m.arrays for m in momenta), strict=True)
         ]
-        features = [rule.reads.of(*leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)]
+        features = [
+            _features(rule.reads.of, *leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)
+        ]
         heads = _apply(applied, theta, features, layout_of(values))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
@@ -222,6 +224,16 @@ def _check_amount(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number of at least 0, received {value}")
 
 
+# What follows is compiled also where the caller does not: one operation after the other, an update takes many times as
+# long.
+_update_momenta = jax.jit(update_momenta)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _features(of: Callable[..., Array], value: Array, gradient: Array, momenta: Sequence[Array]) -> Array:
+    return of(value, gradient, momenta)
+
+
 @jax.jit
 def _normalized(head: Array, gradient: Array, momenta: Sequence[Array]) -> Array:
     return _in_auto_mode(normalized_step, (head, gradient, momenta), like=gradient)
@@ -245,7 +257,6 @@ def _apply(
     return [by_leaf[i] for i in range(len(features))]
 
 
-# Compiled also where the caller does not: one operation after the other, an update takes many times as long.
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _heads(
     rule: Rule, theta: Mapping[str, Any], features: tuple[Float[Array, "..."], ...], spec: NeuralGraphSpec | None

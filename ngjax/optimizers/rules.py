@@ -46,8 +46,8 @@ class FFRule(nn.Module):
 class Celo2Rule(nn.Module):
     """A small perceptron on what each scalar is relative to its tensor, after Celo2 (Moudgil et al., arXiv 2602.19142).
 
-    With the normalized step and a schedule of the learning rate steps do not depend on the scale of the loss, and are
-    equally large for all tensors, as there.
+    With the normalized step and a schedule of the learning rate steps do not depend on the scale of the loss, as there;
+    those of wide layers are smaller here.
 
     It is not that optimizer, and does not read its weights. The published one has 8 hidden units in each of two layers
     and 30 features, from momenta of three decays and, in a state of their own, an average of squared gradients and

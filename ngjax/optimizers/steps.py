@@ -61,8 +61,12 @@ def step_size(shape: Sequence[int]) -> float:
     as those of a narrow one; this is taken out, so that the same learning rate suits all widths (Yang et al. 2022,
     arXiv 2203.03466; Bernstein & Newhouse 2024, arXiv 2409.20325).
     """
-    longest = max(shape, default=1)
-    return math.sqrt(UNIT_WIDTH / longest) if math.prod(shape) > longest else 1.0
+    return math.sqrt(UNIT_WIDTH / max(shape)) if is_matrix(shape) else 1.0
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether more than one axis is longer than one."""
+    return math.prod(shape) > max(shape, default=1)
 
 
 def orthogonalized(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -73,7 +77,7 @@ def orthogonalized(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     features against the heads; kernels of several layers in one array are one matrix. Permuting an axis permutes the
     result. A tensor with a single axis longer than one is returned as it is.
     """
-    if x.size <= max(x.shape, default=1):
+    if not is_matrix(x.shape):
         return x
     longest = x.shape.index(max(x.shape))
     moved = jnp.moveaxis(x, longest, -1)

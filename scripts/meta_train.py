@@ -6,7 +6,8 @@
 
 The scheme `fresh` takes losses on fresh batches, in runs of many lengths, peak learning rates and reparametrizations;
 by default a step is credited with all losses after it until the next outer step. The scheme `paper` is that of Kofinas
-et al. 2024 (arXiv 2403.12143). Killed, a run goes on where it was when the same command is given again.
+et al. 2024 (arXiv 2403.12143). Killed, a run goes on where it was when the same command is given again. A finished one
+goes on with more `--outer-steps`, at the learning rate of the longer schedule.
 
 Writes into the output folder: `meta_params.safetensors` with `card.md`, `results.json`, `curves.png`, and
 `metrics.jsonl` and all that resuming needs.
@@ -46,6 +47,8 @@ from ngjax.report import markdown_table, save_figure
 
 MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "chunk", "test_steps", "test_seeds", "distributed")
 """What may differ when a run is taken up again."""
+
+LENGTHENED = "lengthened"
 
 ADAM_RATES = (3e-4, 1e-1)
 """Between these Adam's best learning rate is looked for."""
@@ -137,7 +140,7 @@ def main(config: Config) -> dict[str, Any]:
     tasks = [find_task(name) for name in config.tasks]  # before any work: an unknown name fails here
     out = train.prepare_folder(config.out, "resume")
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    check_settings(out / "settings.json", {k: v for k, v in settings.items() if k not in MAY_CHANGE})
+    lengthened = check_settings(out, {k: v for k, v in settings.items() if k not in MAY_CHANGE})
     data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
     run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
     step: Literal["normalized", "paper"] = "paper" if config.scheme == "paper" else "normalized"
@@ -175,6 +178,7 @@ def main(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "config": {k: v for k, v in settings.items() if k not in ("out", "data_dir", "start_from")},
         "started_from": None if before is None else before.metadata,
+        "lengthened": lengthened,
         "seconds": round(seconds, 1),  # of this start of the script
         "devices": jax.device_count(),
         "processes": jax.process_count(),
@@ -195,18 +199,39 @@ def main(config: Config) -> dict[str, Any]:
     return results
 
 
-def check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Raises if the folder holds a run with other settings, as a run goes on only with its own."""
-    if path.exists():
-        found = json.loads(path.read_text())
-        for name in settings:
-            if found.get(name) != settings[name]:
-                raise ValueError(
-                    f"{path.parent} holds a run with {name}={found.get(name)}, received {settings[name]}: choose "
-                    "another folder, or the settings of the run to continue it"
-                )
-    elif jax.process_index() == 0:
-        write_json(path, settings)
+def check_settings(out: pathlib.Path, settings: dict[str, Any]) -> list[int]:
+    """Raises if the folder holds a run with other settings, as a run goes on only with its own.
+
+    But a finished one may be lengthened. Returns the outer steps that it had been finished with, each time before.
+    """
+    path = out / "settings.json"
+    if not path.exists():
+        if jax.process_index() == 0:
+            write_json(path, settings)
+        return []
+    found = json.loads(path.read_text())
+    lengthened: list[int] = found.get(LENGTHENED, [])
+    for name in settings:
+        if found.get(name) == settings[name]:
+            continue
+        if name == "outer_steps" and settings[name] > found[name]:
+            if not is_finished(out, found[name]):
+                raise ValueError(f"{out} holds a run that is not finished: give its outer_steps={found[name]} first")
+            lengthened = [*lengthened, found[name]]
+            continue
+        raise ValueError(
+            f"{out} holds a run with {name}={found.get(name)}, received {settings[name]}: choose another folder, or "
+            "the settings of the run to continue it"
+        )
+    if jax.process_index() == 0:
+        write_json(path, {**settings, LENGTHENED: lengthened})
+    return lengthened
+
+
+def is_finished(out: pathlib.Path, outer_steps: int) -> bool:
+    """Whether the folder holds the results of so many outer steps."""
+    path = out / "results.json"
+    return path.exists() and bool(json.loads(path.read_text())["config"]["outer_steps"] == outer_steps)
 
 
 def make_estimator(config: Config) -> Estimator:
@@ -320,10 +345,12 @@ def format_card(results: dict[str, Any]) -> str:
     before = results["started_from"]
     is_credited = (config["scheme"], config["estimator"]) == ("fresh", "one-step")
     decay = f" with a credit decay of {config['credit_decay']:g}" if is_credited else ""
+    steps = ", then ".join(f"{steps:,}" for steps in results["lengthened"])
+    lengthened = f"; its schedule ended after {steps} outer steps before it was lengthened" if steps else ""
     facts = {
         "Tasks": ", ".join(config["tasks"]),
         "Scheme": f"{config['scheme']}, {config['estimator']}{decay}, {config['outer_steps']:,} outer steps with "
-        f"{config['runs']} runs of {config['truncation']} inner steps each",
+        f"{config['runs']} runs of {config['truncation']} inner steps each{lengthened}",
         "Started from": "fresh meta-parameters" if before is None else f"`{before['command']}` ({before['date']})",
         "Command": f"`{results['command']}`",
         "Seed": config["seed"],

@@ -112,6 +112,25 @@ def test_other_settings_do_not_go_on_with_a_run(script, run):
         script.main(config(script, run[1], seed=5))
 
 
+def test_a_finished_run_can_be_lengthened(script, tmp_path):
+    short = script.main(config(script, tmp_path, test_steps=0, scheme="paper"))
+    long = script.main(config(script, tmp_path, test_steps=0, scheme="paper", outer_steps=5))
+    assert (short["lengthened"], long["lengthened"]) == ([], [3])
+    assert "its schedule ended after 3 outer steps" in (tmp_path / "card.md").read_text()
+    assert [row["step"] for row in train.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    # Taken up again it is the lengthened run, and no longer the short one.
+    assert script.main(config(script, tmp_path, test_steps=0, scheme="paper", outer_steps=5))["lengthened"] == [3]
+    with pytest.raises(ValueError, match="holds a run with outer_steps=5, received 3"):
+        script.main(config(script, tmp_path, test_steps=0, scheme="paper"))
+
+
+def test_an_unfinished_run_is_not_lengthened(script, tmp_path):
+    script.main(config(script, tmp_path, test_steps=0))
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(ValueError, match="holds a run that is not finished: give its outer_steps=3 first"):
+        script.main(config(script, tmp_path, test_steps=0, outer_steps=5))
+
+
 @pytest.mark.parametrize("changes", [{"scheme": "paper"}, {"estimator": "pes"}], ids=["paper", "pes"])
 def test_other_schemes_and_estimators(script, tmp_path, changes):
     results = script.main(config(script, tmp_path, test_steps=0, **changes))

@@ -9,6 +9,9 @@ optimizers meet the same network and the same batches. With `--schedule cosine` 
 fall to zero along a cosine. With `--schedule constant` they stay, as in Kofinas et al. 2024 (arXiv 2403.12143). Learned
 optimizers in the paper's form have no learning rate, and are neither tuned nor scheduled in either.
 
+Along a cosine losses fall most at its end. How many steps an optimizer saves is seen from whole runs that are shorter:
+`--short-steps 250 333 500` asks which of them, with the same peak rate, end where Adam ends after all steps.
+
 Writes `results.json` and `curves.png` into the output folder, after every task, and every run with its curve into the
 folder `runs` in it. Killed, the same command goes on after the last run; runs that another command shares are used
 again too.
@@ -70,6 +73,7 @@ test accuracy, test loss: on all test examples, mean and standard deviation over
 training loss: mean over the last {LAST_STEPS} steps.
 steps: until the training loss (running mean over {WINDOW} steps, mean over the seeds) is where Adam's ends.
 step reduction: Adam's steps divided by these.
+shortest run: of whole runs, fewer steps along a schedule of their own, the shortest one tried that ends there too.
 diverged: runs that end above {DIVERGED_ABOVE:g} times the loss of the fresh network.
 update: the optimizer alone, median. gradient: loss and gradient of the network on one batch.
 state: what the optimizer keeps. temporaries: what the compiled update needs beside arguments and results.
@@ -92,6 +96,8 @@ class Config:
     """Of the learning rates."""
     steps: int = 1000
     """Of each run."""
+    short_steps: tuple[int, ...] = ()
+    """Further runs of so many steps show how few of them are enough for what Adam reaches with all."""
     long_steps: int = 0
     """Further runs of so many steps show whether the learned optimizers diverge; 0 for none."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -112,7 +118,7 @@ class Outcome(NamedTuple):
     rate: float | None  # None for an optimizer that has none
     tuning: dict[float, float]  # tuning loss by rate
     runs: list[RunResult]  # by seed
-    long_runs: list[RunResult]
+    other_runs: dict[int, list[RunResult]]  # the same by their steps, shorter or longer
     cost: UpdateCost
     gradient_ms: float
 
@@ -133,7 +139,7 @@ def main(config: Config) -> dict[str, Any]:
         for task in tasks
         for candidate in candidates
     }
-    programs = [(*names, steps) for names, of in plans.items() for steps in (config.steps, of.long_steps) if steps]
+    programs = [(*names, steps) for names, of in plans.items() for steps in (config.steps, *of.other_steps)]
     work = Work(sum(of.seconds for of in plans.values()), programs)
     say(
         f"{len(tasks)} tasks, {len(candidates)} optimizers: about {as_time(work.left())} and what compiling takes, "
@@ -159,6 +165,8 @@ def check(config: Config) -> None:
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}={values}: expected at least one, and none twice")
+    if any(not 0 < steps < config.steps for steps in config.short_steps):
+        raise ValueError(f"short_steps={config.short_steps}: expected fewer than steps={config.steps}, and above 0")
     both = sorted(set(config.seeds) & set(config.tuning_seeds))
     if both:
         raise ValueError(f"seeds {both} are in both seeds and tuning_seeds; rates are to be chosen by other seeds")
@@ -181,7 +189,7 @@ class Plan(NamedTuple):
     task: Task
     candidate: Candidate
     rates: tuple[float, ...]  # to choose from
-    long_steps: int
+    other_steps: tuple[int, ...]  # of further runs
     cost: UpdateCost
     gradient_ms: float
     seconds: float
@@ -198,11 +206,13 @@ def plan(config: Config, folder: pathlib.Path, task: Task, candidate: Candidate,
     rates: tuple[float, ...] = ()
     if candidate.has_rate:
         rates = config.learned_rates if candidate.is_learned else config.rates
-    long_steps = config.long_steps if candidate.is_learned else 0
+    other_steps = config.short_steps
+    if config.long_steps and candidate.is_learned:
+        other_steps += (config.long_steps,)
     tuning_steps = len(rates) * len(config.tuning_seeds) * config.steps if len(rates) > 1 else 0
-    num_steps = tuning_steps + len(config.seeds) * (config.steps + long_steps)
+    num_steps = tuning_steps + len(config.seeds) * (config.steps + sum(other_steps))
     seconds = num_steps * (update.milliseconds + gradient_ms) / 1e3
-    return Plan(task, candidate, rates, long_steps, update, gradient_ms, seconds)
+    return Plan(task, candidate, rates, other_steps, update, gradient_ms, seconds)
 
 
 def identity(candidate: Candidate, schedule: ScheduleName) -> dict[str, str]:
@@ -276,8 +286,8 @@ def compete(config: Config, folder: pathlib.Path, work: Work, plan: Plan, data: 
             tuning[each] = tuning_loss([run(each, seed, config.steps) for seed in config.tuning_seeds])
         rate = best_rate(tuning)
     runs = [run(rate, seed, config.steps) for seed in config.seeds]
-    long_runs = [run(rate, seed, plan.long_steps) for seed in config.seeds] if plan.long_steps else []
-    return Outcome(rate, tuning, runs, long_runs, plan.cost, plan.gradient_ms)
+    other_runs = {steps: [run(rate, seed, steps) for seed in config.seeds] for steps in plan.other_steps}
+    return Outcome(rate, tuning, runs, other_runs, plan.cost, plan.gradient_ms)
 
 
 def remembered(folder: pathlib.Path, identity: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
@@ -329,12 +339,20 @@ def numbers_of_runs(seeds: Sequence[int], runs: Sequence[RunResult]) -> dict[str
     return numbers
 
 
+def shortest_run(outcome: Outcome, baseline: np.ndarray) -> int | None:
+    """The fewest steps of whole runs that end at the baseline's final loss or below, in the mean over the seeds."""
+    target = running_mean(baseline)[-1]
+    every = {len(baseline): outcome.runs} | outcome.other_runs
+    enough = [steps for steps, runs in every.items() if running_mean(mean_losses(runs))[-1] <= target]
+    return min(enough, default=None)
+
+
 def numbers_of(config: Config, outcome: Outcome, baseline: Outcome) -> dict[str, Any]:
     """What results.json holds of an optimizer on a task."""
     losses, target = mean_losses(outcome.runs), mean_losses(baseline.runs)
-    long: dict[str, Any] | None = None
-    if outcome.long_runs:
-        long = {"steps": config.long_steps, **numbers_of_runs(config.seeds, outcome.long_runs)}
+    others = {
+        steps: {"steps": steps, **numbers_of_runs(config.seeds, runs)} for steps, runs in outcome.other_runs.items()
+    }
     return {
         "peak_rate": outcome.rate,
         "at_end_of_grid": outcome.rate in (min(outcome.tuning), max(outcome.tuning)) if outcome.tuning else None,
@@ -342,7 +360,9 @@ def numbers_of(config: Config, outcome: Outcome, baseline: Outcome) -> dict[str,
         **numbers_of_runs(config.seeds, outcome.runs),
         "steps_to_baseline": steps_to_reach(losses, float(running_mean(target)[-1])),
         "step_reduction": step_reduction(losses, target),
-        "long": long,
+        "shortest_run": shortest_run(outcome, target),
+        "short": [others[steps] for steps in config.short_steps],
+        "long": others.get(config.long_steps),
         "update_ms": outcome.cost.milliseconds,
         "gradient_ms": outcome.gradient_ms,
         "state_bytes": outcome.cost.state_bytes,
@@ -390,15 +410,20 @@ def format_table(config: Config, numbers: Mapping[str, Mapping[str, Mapping[str,
             spread(of, "train_loss", ".4f"),
             "not reached" if steps is None else f"{steps:,}",
             "not reached" if factor is None else f"{factor:.2f}",
-            f"{of['diverged']} of {len(of['seeds'])}",
         ]
+        if config.short_steps:
+            cells.append("longer" if of["shortest_run"] is None else f"{of['shortest_run']:,}")
+        cells.append(f"{of['diverged']} of {len(of['seeds'])}")
         if config.long_steps:
             long = of["long"]
             cells.append("" if long is None else f"{long['diverged']} of {len(long['seeds'])}")
         return cells
 
     header = [f"after {config.steps:,} steps", "optimizer", "peak rate", "test accuracy", "test loss", "training loss"]
-    header += ["steps to Adam's loss", "step reduction", "diverged"]
+    header += ["steps to Adam's loss", "step reduction"]
+    if config.short_steps:
+        header.append("shortest run that ends there")
+    header.append("diverged")
     if config.long_steps:
         header.append(f"diverged in {config.long_steps:,} steps")
     return markdown_table(header, [row(task, *pair) for task, of in numbers.items() for pair in of.items()], titles=2)

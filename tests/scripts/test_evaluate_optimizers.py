@@ -224,11 +224,31 @@ def test_learned_optimizers_in_the_papers_form_are_not_tuned_but_run_for_long(sc
     assert " none " in results["table"][3]
 
 
+def test_the_shortest_run_that_ends_where_adam_ends(script, meta_params, tmp_path, monkeypatch):
+    def flat(trainer, theta, data, *, peak_rate, seed):
+        (num_steps,) = trainer.settings.horizons
+        loss = 0.9 if theta and num_steps >= 15 else 1.0 if num_steps == STEPS else 1.5
+        return RunResult(2.5, np.full(num_steps, loss, np.float32), 1.0, 0.5)
+
+    monkeypatch.setattr(script, "run_once", flat)
+    options = {"short_steps": (20, 10, 15), "long_steps": 40, "rates": (1e-2,), "meta_params": (meta_params,)}
+    of_task = script.main(config(script, tmp_path, **options))["tasks"][TASK]
+    adam, ff = of_task["adam"], of_task["feed-forward"]
+    assert (adam["shortest_run"], ff["shortest_run"]) == (STEPS, 15)
+    assert [short["steps"] for short in ff["short"]] == [20, 10, 15]
+    assert [short["train_loss"] for short in ff["short"]] == pytest.approx([0.9, 1.5, 0.9])
+    assert ff["long"]["steps"] == 40
+    assert (len(adam["short"]), adam["long"]) == (3, None)
+    header, _, *rows = json.loads((tmp_path / "results.json").read_text())["table"]
+    column = [cell.strip() for cell in header.split("|")].index("shortest run that ends there")
+    assert [row.split("|")[column].strip() for row in rows] == ["30", "15"]
+
+
 def test_runs_that_diverge_are_counted_and_are_not_numbers_in_the_results(script, tmp_path):
     lost = RunResult(2.3, np.full(STEPS, np.nan, np.float32), float("nan"), 0.1)
     cost = script.UpdateCost(0.1, 8, None)
     bad, good = (
-        script.Outcome(1e-2, {}, [lost._replace(train_losses=losses, test_loss=loss), lost], [], cost, 0.2)
+        script.Outcome(1e-2, {}, [lost._replace(train_losses=losses, test_loss=loss), lost], {}, cost, 0.2)
         for losses, loss in ((lost.train_losses, float("inf")), (np.linspace(2, 1, STEPS), 1.0))
     )
     good = good._replace(runs=good.runs[:1] * 2)
@@ -252,6 +272,7 @@ def test_runs_that_diverge_are_counted_and_are_not_numbers_in_the_results(script
         ({"tuning_seeds": (1, 2)}, r"seeds \[1\] are in both"),
         ({"seeds": ()}, r"seeds=\(\): expected at least one"),
         ({"rates": (0.1, 0.1)}, r"rates=.*none twice"),
+        ({"short_steps": (STEPS,)}, r"short_steps=\(30,\): expected fewer than steps=30"),
         ({"steps": 0}, r"steps=0, .*expected steps and rates above 0"),
         ({"meta_params": ("adam.safetensors",)}, r"adam.safetensors"),
     ],

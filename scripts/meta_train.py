@@ -66,7 +66,7 @@ class Config:
     """Folder of the run. Any scheme."""
     tasks: tuple[str, ...]
     """Names of the tasks, see `find_task`; the outer steps take them in turn. Any scheme."""
-    rule: Literal["ff", "lstm", "ng-gnn", "ng-t", "nfn", "celo2"] = "ff"
+    rule: Literal["ff", "lstm", "ng-gnn", "ng-t", "nfn", "celo2", "coordinatewise-lstm"] = "ff"
     """What the optimizer computes its updates with; in the sizes of `PAPER_RULES` if so is the scheme, else of `RULES`.
     Any scheme."""
     scheme: Literal["fresh", "paper"] = "fresh"

@@ -73,11 +73,11 @@ def update_head(
 
 
 def in_chunks(
-    function: Callable[..., Float[Array, "... 2"]],
+    function: Callable[..., Float[Array, "... out"]],
     chunk: int,
     features: Float[Array, "*s C"],
     backbone: Float[Array, "... B"] | None,
-) -> Float[Array, "*s 2"]:
+) -> Float[Array, "*s out"]:
     """`function(features, backbone)`, for about `chunk` scalars at a time, whatever is in between only for so many."""
     # Scalars that share a row of the backbone, as those of a kernel do, stay together.
     split = features.ndim - 1
@@ -94,7 +94,7 @@ def in_chunks(
     else:
         of_rows = backbone.reshape(len(rows), *backbone.shape[split:])
         result = jax.lax.map(lambda row: function(*row), (rows, of_rows), batch_size=size)
-    return result.reshape(*features.shape[:-1], 2)
+    return result.reshape(*features.shape[:-1], result.shape[-1])
 
 
 class UpdateHead(nn.Module):

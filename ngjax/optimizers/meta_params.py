@@ -14,6 +14,7 @@ from ngjax.chains import mlp_spec
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.named_rules import Rule, find_rule
 from ngjax.optimizers.parts import list_spec
+from ngjax.optimizers.rules import CoordinatewiseLSTMRule
 from ngjax.spec import flatten_with_path, format_path, path_keys
 
 
@@ -47,7 +48,10 @@ def _init_meta_params(key: Array, rule: Rule) -> dict[str, Any]:
         paths, shapes = zip(*((param.path, param.shape) for param in spec.params), strict=True)
         features = tuple(jnp.zeros((*shape, rule.reads.size), jnp.float32) for shape in shapes)
         return rule.init(key, features, list_spec(spec, paths, shapes))["params"]
-    return rule.init(key, (jnp.zeros((1, rule.reads.size), jnp.float32),))["params"]
+    features = (jnp.zeros((1, rule.reads.size), jnp.float32),)
+    if isinstance(rule, CoordinatewiseLSTMRule):
+        return rule.init(key, features, (jnp.zeros((1, 2 * rule.width), jnp.float32),))["params"]
+    return rule.init(key, features)["params"]
 
 
 def checked_meta_params(rule: Rule, meta_params: Mapping[str, Any] | None) -> dict[str, Any]:

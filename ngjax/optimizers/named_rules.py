@@ -9,9 +9,9 @@ from ngjax.baselines import NFN
 from ngjax.nn import NGGNN, NGT, EncoderConfig
 from ngjax.optimizers.features import NORMALIZED_FEATURES, SCALAR_FEATURES, FeatureSet
 from ngjax.optimizers.graph_rules import GraphRule
-from ngjax.optimizers.rules import Celo2Rule, FFRule, LSTMRule
+from ngjax.optimizers.rules import Celo2Rule, CoordinatewiseLSTMRule, FFRule, LSTMRule
 
-Rule = FFRule | LSTMRule | Celo2Rule | GraphRule
+Rule = FFRule | LSTMRule | Celo2Rule | CoordinatewiseLSTMRule | GraphRule
 
 KERNEL_RANGE = (1, 5, 5)
 
@@ -55,6 +55,7 @@ RULES: dict[str, Rule] = {
     "ng-t": ng_t_rule(16, num_layers=2, num_hidden=2),
     "nfn": nfn_rule(16, num_layers=2, num_hidden=2),
     "celo2": Celo2Rule(),
+    "coordinatewise-lstm": CoordinatewiseLSTMRule(),
 }
 """The rules that the names stand for, with `step="normalized"`."""
 
@@ -65,11 +66,12 @@ PAPER_RULES: dict[str, Rule] = {
     "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
     "nfn": nfn_rule(32, num_layers=3, num_hidden=2),
     "celo2": Celo2Rule(),
+    "coordinatewise-lstm": CoordinatewiseLSTMRule(),
 }
 """The rules that the names stand for with `step="paper"`: those of Kofinas et al. (2024), in the sizes of its appendix,
 with positions that carry over between networks.
 
-`"nfn"`, about as large as theirs, and `"celo2"` are not among them.
+`"nfn"`, about as large as theirs, `"celo2"` and `"coordinatewise-lstm"` are not among them.
 """
 
 _BY_STEP = {"normalized": RULES, "paper": PAPER_RULES}

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ngjax.optimizers.features import NORMALIZED_FEATURES, SCALAR_FEATURES, FeatureSet
-from ngjax.optimizers.heads import Linear, LinearParams, UpdateHead, uniform_within
+from ngjax.optimizers.heads import Linear, LinearParams, UpdateHead, in_chunks, uniform_within
 
 
 class FFRule(nn.Module):
@@ -87,17 +87,35 @@ class LSTMCell(NamedTuple):
     hidden_kernel: Float[Array, "h 4*h"]
     bias: Float[Array, " 4*h"]
 
+    def astype(self, dtype: Any) -> LSTMCell:
+        return LSTMCell(*(part.astype(dtype) for part in self))
+
+
+def declare_lstm(module: nn.Module, inputs: int, width: int) -> LSTMCell:
+    """Declares an LSTM among a module's parameters; all start uniform within `1 / sqrt(width)`, as in PyTorch."""
+    init = uniform_within(1 / math.sqrt(width))
+    return LSTMCell(
+        module.param("input_kernel", init, (inputs, 4 * width), jnp.float32),
+        module.param("hidden_kernel", init, (width, 4 * width), jnp.float32),
+        module.param("bias", init, (4 * width,), jnp.float32),
+    )
+
+
+def lstm_step(
+    gates: Float[Array, "*s gates"], memory: Float[Array, "*s h"]
+) -> tuple[Float[Array, "*s h"], Float[Array, "*s h"]]:
+    """Hidden state and memory after a step, from the memory before it and `4 h` gates before their nonlinearities."""
+    into, forget, candidate, out = jnp.split(gates, 4, axis=-1)
+    memory = nn.sigmoid(forget) * memory + nn.sigmoid(into) * jnp.tanh(candidate)
+    return nn.sigmoid(out) * jnp.tanh(memory), memory
+
 
 def lstm_over(cell: LSTMCell, inputs: Float[Array, "T in"]) -> Float[Array, "T h"]:
     """Hidden states after each of the inputs, from a state of zero."""
     zero = jnp.zeros(cell.hidden_kernel.shape[0], inputs.dtype)
 
     def step(carry: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], Array]:
-        hidden, memory = carry
-        gates = x + hidden @ cell.hidden_kernel
-        into, forget, candidate, out = jnp.split(gates, 4)
-        memory = nn.sigmoid(forget) * memory + nn.sigmoid(into) * jnp.tanh(candidate)
-        hidden = nn.sigmoid(out) * jnp.tanh(memory)
+        hidden, memory = lstm_step(x + carry[0] @ cell.hidden_kernel, carry[1])
         return (hidden, memory), hidden
 
     return jax.lax.scan(step, (zero, zero), inputs @ cell.input_kernel + cell.bias)[1]
@@ -136,13 +154,48 @@ class LSTMRule(nn.Module):
         """`[*shape, 14]` to `[*shape, 2]` for every tensor, in the order of the recurrence."""
         first = LinearParams(self.reads.size, self.width, name="summary_0")()
         second = LinearParams(self.width, self.width, name="summary_1")()
-        init = uniform_within(1 / math.sqrt(self.width))
-        cell = LSTMCell(
-            self.param("input_kernel", init, (self.width, 4 * self.width), jnp.float32),
-            self.param("hidden_kernel", init, (self.width, 4 * self.width), jnp.float32),
-            self.param("bias", init, (4 * self.width,), jnp.float32),
-        )
+        cell = declare_lstm(self, self.width, self.width)
         summaries = [tensor_summary(first.astype(self.dtype), second, f.astype(self.dtype)) for f in features]
         states = lstm_over(cell, jnp.stack(summaries))
         head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
         return tuple(head(f, states[i]) for i, f in enumerate(features))
+
+
+class CoordinatewiseLSTMRule(nn.Module):
+    """An LSTM along the steps of the optimizer, one for every scalar (Andrychowicz et al. 2016, section 2.1).
+
+    All share the same weights, and each has a state of its own, `2 * width` numbers that the optimizer keeps. Where
+    meta-gradients are taken through single steps, this state counts as constant, as all that an optimizer reads:
+    what a step writes for later ones is learned by `PES` alone.
+
+    Attributes:
+      width: of the LSTM and of the hidden layers of the head.
+      num_hidden: hidden layers of the head.
+      dtype: of the computation; the state is float32.
+      chunk: scalars that LSTM and head see at a time.
+    """
+
+    reads: ClassVar[FeatureSet] = NORMALIZED_FEATURES
+
+    width: int = 16
+    num_hidden: int = 1
+    dtype: Any = jnp.float32
+    chunk: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, features: Sequence[Float[Array, "..."]], states: Sequence[Float[Array, "..."]]
+    ) -> tuple[tuple[Float[Array, "..."], ...], tuple[Float[Array, "..."], ...]]:
+        """`[*shape, 17]` and `[*shape, 2 * width]` to `[*shape, 2]` and the new states, for every tensor."""
+        cell = declare_lstm(self, self.reads.size, self.width).astype(self.dtype)
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
+
+        def step(features: Array, state: Array) -> Array:
+            hidden, memory = jnp.split(state, 2, axis=-1)
+            gates = features.astype(self.dtype) @ cell.input_kernel + hidden.astype(self.dtype) @ cell.hidden_kernel
+            return jnp.concatenate(lstm_step((gates + cell.bias).astype(jnp.float32), memory), axis=-1)
+
+        pairs = zip(features, states, strict=True)
+        states = [step(f, s) if self.chunk is None else in_chunks(step, self.chunk, f, s) for f, s in pairs]
+        heads = tuple(head(f, s[..., : self.width]) for f, s in zip(features, states, strict=True))
+        return heads, tuple(states)

@@ -22,6 +22,7 @@ from ngjax.optimizers.meta_params import checked_meta_params
 from ngjax.optimizers.named_rules import Rule, computing, find_rule
 from ngjax.optimizers.order import natural_layer_order, spec_layer_order
 from ngjax.optimizers.parts import inferred_spec, list_spec
+from ngjax.optimizers.rules import CoordinatewiseLSTMRule
 from ngjax.optimizers.shipped import shipped_meta_params
 from ngjax.optimizers.steps import normalized_step, paper_step
 from ngjax.spec import NeuralGraphSpec
@@ -44,10 +45,13 @@ class LearnedOptState(NamedTuple):
     Attributes:
       count: steps taken, `int32`.
       momenta: one tree like the parameters, in float32, for each of `MOMENTUM_DECAYS`.
+      memory: of `"coordinatewise-lstm"`, a tree like the parameters with leaves `[*shape, 2 * width]`, in float32; of
+        other rules `None`.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # the name that optax uses, which tuples have too
     momenta: tuple[PyTree, ...]
+    memory: PyTree = None
 
 
 def ng_learned_opt(
@@ -73,8 +77,9 @@ def ng_learned_opt(
 
     Args:
       rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself,
-        `"celo2"` each relative to its tensor, `"lstm"` runs over the tensors of the network, in the sizes of `RULES`,
-        and with `step="paper"` of `PAPER_RULES`; or a rule of another size, as `FFRule(width=32)`.
+        `"celo2"` each relative to its tensor, `"lstm"` runs over the tensors of the network, `"coordinatewise-lstm"`
+        along the steps, in the sizes of `RULES`, and with `step="paper"` of `PAPER_RULES`; or a rule of another size,
+        as `FFRule(width=32)`.
       spec: of the architecture, as `trace_spec` makes it. It is the graph of rules that read one and tells `"lstm"` the
         order of the layers; it may have more parameters than the tree, whose edges are then left out, and be of all
         variables of a Linen module where the tree is `variables["params"]`. Without one,
@@ -166,7 +171,11 @@ def learned_opt(
         momenta = tuple(
             jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), params) for _ in MOMENTUM_DECAYS
         )
-        return LearnedOptState(jnp.zeros((), jnp.int32), momenta)
+        memory = None
+        if isinstance(rule, CoordinatewiseLSTMRule):
+            size = 2 * rule.width
+            memory = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[..., None], (*leaf.shape, size)), momenta[0])
+        return LearnedOptState(jnp.zeros((), jnp.int32), momenta, memory)
 
     def update(
         updates: PyTree, state: LearnedOptState, params: PyTree | None = None, **extra_args: Any
@@ -176,6 +185,10 @@ def learned_opt(
             raise ValueError("argument params is missing: a learned optimizer needs update(gradients, state, params)")
         if not isinstance(state, LearnedOptState):
             raise TypeError(f"state: expected what init returned, a LearnedOptState; received {type(state).__name__}")
+        if (state.memory is not None) != isinstance(rule, CoordinatewiseLSTMRule):
+            raise ValueError(
+                f"state: expected what init of {type(rule).__name__} returned, received that of another rule"
+            )
         momenta = [read_leaves("momentum", tree) for tree in state.momenta]
         gradients, values = read_leaves("gradient", updates), read_leaves("parameter", params)
         check_same(momenta[0], gradients)
@@ -187,7 +200,8 @@ def learned_opt(
         features = [
             _features(rule.reads.of, *leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)
         ]
-        heads = _apply(applied, theta, features, layout_of(values))
+        memory = read_leaves("memory", state.memory)
+        heads, new_memory = _apply(applied, theta, features, memory.arrays, layout_of(values))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
         def total(head: Array, value: Array, gradient: Array, momenta: Sequence[Array]) -> Array:
@@ -202,6 +216,7 @@ def learned_opt(
         new_state = LearnedOptState(
             optax.safe_increment(state.count),
             tuple(m.treedef.unflatten(column) for m, column in zip(momenta, _columns(new_momenta), strict=True)),
+            memory.treedef.unflatten(new_memory),
         )
         return gradients.treedef.unflatten(new_updates), new_state
 
@@ -247,23 +262,39 @@ _STEPS: dict[str, tuple[Callable[[Array, Array, Sequence[Array]], Array], float]
 
 
 def _apply(
-    rule: Rule, theta: Mapping[str, Any], features: Sequence[Float[Array, "..."]], layout: Layout
-) -> list[Float[Array, "..."]]:
-    """Heads `[*shape, 2]` of features `[*shape, C]` that are not in the order of the layers."""
+    rule: Rule,
+    theta: Mapping[str, Any],
+    features: Sequence[Float[Array, "..."]],
+    memory: Sequence[Float[Array, "..."]],
+    layout: Layout,
+) -> tuple[list[Float[Array, "..."]], list[Float[Array, "..."]]]:
+    """Heads `[*shape, 2]` and new memory, of features and memory that are not in the order of the layers.
+
+    There is no memory, before and after, where the rule has none.
+    """
     if not features:
-        return []
-    heads = _heads(rule, theta, tuple(features[i] for i in layout.order), layout.spec)
-    by_leaf = dict(zip(layout.order, heads, strict=True))
-    return [by_leaf[i] for i in range(len(features))]
+        return [], []
+    inputs = tuple(tuple(part[i] for i in layout.order) for part in (features, memory) if part)
+    results = [dict(zip(layout.order, part, strict=True)) for part in _heads(rule, theta, inputs, layout.spec)]
+    heads, *new_memory = ([by_leaf[i] for i in range(len(features))] for by_leaf in results)
+    return heads, new_memory[0] if new_memory else []
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _heads(
-    rule: Rule, theta: Mapping[str, Any], features: tuple[Float[Array, "..."], ...], spec: NeuralGraphSpec | None
-) -> tuple[Float[Array, "..."], ...]:
+    rule: Rule,
+    theta: Mapping[str, Any],
+    inputs: tuple[tuple[Float[Array, "..."], ...], ...],
+    spec: NeuralGraphSpec | None,
+) -> tuple[tuple[Float[Array, "..."], ...], ...]:
+    """`(heads,)` of `(features,)`, or `(heads, memory)` of `(features, memory)`."""
     if isinstance(rule, GraphRule):
-        return _in_auto_mode(lambda *args: rule.apply({"params": args[0]}, args[1], spec), (theta, features), features)
-    return typing.cast(tuple[Array, ...], rule.apply({"params": theta}, features))
+        (features,) = inputs
+        return (
+            _in_auto_mode(lambda *args: rule.apply({"params": args[0]}, args[1], spec), (theta, features), features),
+        )
+    result = typing.cast(tuple[Any, ...], rule.apply({"params": theta}, *inputs))
+    return result if isinstance(rule, CoordinatewiseLSTMRule) else (result,)
 
 
 def _in_auto_mode(function: Callable[..., Any], arguments: tuple[Any, ...], like: Any) -> Any:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 import ngjax
-from ngjax.optimizers import Celo2Rule, FFRule, LSTMRule, init_meta_params, ng_learned_opt
+from ngjax.optimizers import Celo2Rule, CoordinatewiseLSTMRule, FFRule, LSTMRule, init_meta_params, ng_learned_opt
 from ngjax.optimizers.features import NORMALIZED_FEATURES
 from ngjax.optimizers.named_rules import nfn_rule, ng_gnn_rule, ng_t_rule
 
@@ -17,6 +17,7 @@ RULES = {
     "ng-t": ng_t_rule(8, num_layers=1, num_hidden=1),
     "nfn": nfn_rule(8, num_layers=1, num_hidden=1),
     "celo2": Celo2Rule(width=8),
+    "coordinatewise-lstm": CoordinatewiseLSTMRule(width=8),
 }
 SIZES = (4, 8, 2)
 SPEC = ngjax.mlp_spec(SIZES)

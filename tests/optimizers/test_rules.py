@@ -14,6 +14,7 @@ from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_
     [
         ("ff", "paper", 5250),
         ("lstm", "paper", 11554 - 4 * 32),  # the paper's cell has two biases, of which only the sum matters
+        ("coordinatewise-lstm", "normalized", (17 + 16 + 1) * 4 * 16 + (17 + 16 + 1) * 16 + 17 * 2),
         ("celo2", "normalized", 398),  # the published one has 347
         ("ng-gnn", "normalized", 31730),
         ("ng-gnn", "paper", 705794),
@@ -64,6 +65,41 @@ def test_lstm_is_that_of_flax():
     np.testing.assert_allclose(rules.lstm_over(ours, inputs), jnp.stack(expected), rtol=1e-5, atol=1e-6)
 
 
+def test_coordinatewise_lstm_is_that_of_flax_for_every_scalar():
+    rule = RULES["coordinatewise-lstm"]
+    features = jax.random.normal(jax.random.key(0), (3, 2, rule.reads.size))
+    carry = tuple(jax.random.normal(jax.random.key(seed), (3, 2, 8)) for seed in (1, 2))  # Flax: memory, hidden
+    cell = nn.OptimizedLSTMCell(8)
+    theta = cell.init(jax.random.key(3), carry, features)["params"]
+    (memory, hidden), _ = cell.apply({"params": theta}, carry, features)
+    kernels = [jnp.concatenate([theta[f"{part}{gate}"]["kernel"] for gate in "ifgo"], axis=1) for part in "ih"]
+    bias = jnp.concatenate([theta[f"h{gate}"]["bias"] for gate in "ifgo"])
+    ours = {**meta_params("coordinatewise-lstm"), "input_kernel": kernels[0], "hidden_kernel": kernels[1], "bias": bias}
+    for chunk in (None, 2):
+        (head,), (state,) = rule.clone(chunk=chunk).apply(
+            {"params": ours}, [features], [jnp.concatenate([carry[1], carry[0]], axis=-1)]
+        )
+        np.testing.assert_allclose(state, jnp.concatenate([hidden, memory], axis=-1), rtol=1e-4, atol=1e-6)
+        expected = heads.UpdateHead(8, 1).apply({"params": ours["head"]}, features, hidden)
+        np.testing.assert_allclose(head, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_coordinatewise_lstm_remembers_gradients_that_momenta_do_not_tell():
+    optimizer, params, gradient = learned_opt("coordinatewise-lstm"), normal(0), normal(1)
+    state = run(optimizer, params, [normal(2)])[1]
+    update = jax.jit(optimizer.update)
+    forgetful = state._replace(memory=jax.tree.map(np.zeros_like, state.memory))
+    with_memory, without = (update(gradient, s, params)[0] for s in (state, forgetful))
+    assert all(np.all(np.abs(a - b) > 0) for a, b in zip(*map(jax.tree.leaves, (with_memory, without)), strict=True))
+
+
+def test_the_state_of_another_rule_is_refused():
+    params = normal(0)
+    for one, other in (("ff", "coordinatewise-lstm"), ("coordinatewise-lstm", "ff")):
+        with pytest.raises(ValueError, match=r"state: expected what init of \w+ returned, received that of another"):
+            learned_opt(one).update(params, learned_opt(other).init(params), params)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_meta_gradients_are_finite(name):
     rng = np.random.default_rng(1)
@@ -76,8 +112,14 @@ def test_meta_gradients_are_finite(name):
     @jax.jit
     @jax.grad
     def gradient(theta, network, others):
-        specs = ((list_spec(SPEC, paths, shapes),), (None,)) if isinstance(RULES[name], GraphRule) else ((), ())
-        results = (RULES[name].apply({"params": theta}, f, *s) for f, s in zip((network, others), specs, strict=True))
+        rest = ((), ())  # what the rule reads beside features
+        if isinstance(RULES[name], GraphRule):
+            rest = ((list_spec(SPEC, paths, shapes),), (None,))
+        if name == "coordinatewise-lstm":
+            rest = [([f[..., :16] for f in features],) for features in (network, others)]
+        results = [RULES[name].apply({"params": theta}, f, *r) for f, r in zip((network, others), rest, strict=True)]
+        if name == "coordinatewise-lstm":
+            results = [heads for heads, _ in results]
         return sum(jnp.sum(steps.paper_step(head)) for result in results for head in result)
 
     gradients = gradient(meta_params(name), network, *others)

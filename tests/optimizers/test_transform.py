@@ -352,7 +352,7 @@ def test_spec_that_does_not_fit(name):
 def test_bad_meta_params(name):
     rule, theta = RULES[name], meta_params(name)
     head = theta["head"]
-    other = {"ff": "lstm", "lstm": "ff", "ng-gnn": "ng-t", "ng-t": "ng-gnn", "nfn": "ng-gnn", "celo2": "ff"}[name]
+    other = {"ff": "lstm", "ng-gnn": "ng-t", "ng-t": "ng-gnn", "nfn": "ng-gnn"}.get(name, "ff")
 
     def using(changed):
         return ng_learned_opt(rule, meta_params=changed)
@@ -371,7 +371,11 @@ def test_bad_meta_params(name):
         using({})
     with pytest.raises(TypeError, match=r"meta-parameter \w.* received int32"):
         using(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), theta))
-    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2"):
+    with pytest.raises(
+        ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2, coordinatewise-lstm"
+    ):
         ng_learned_opt("adam")
-    with pytest.raises(ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2"):
+    with pytest.raises(
+        ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2, coordinatewise-lstm"
+    ):
         init_meta_params(jax.random.key(0), "adam")

@@ -41,7 +41,7 @@ from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import find_task, load_task_data
 from ngjax.metatrain.unroll import RunSettings, Trainer
 from ngjax.optimizers import init_meta_params
-from ngjax.optimizers.meta_file import load_meta_params, save_meta_params
+from ngjax.optimizers.meta_file import check_made_for, load_meta_params, save_meta_params
 from ngjax.optimizers.named_rules import find_rule
 from ngjax.report import markdown_table, save_figure
 
@@ -148,11 +148,8 @@ def main(config: Config) -> dict[str, Any]:
     maker = LearnedOptimizer(rule, step, config.chunk)
     trainers = [Trainer(task, maker, run_settings) for task in tasks]
     before = None if config.start_from is None else load_meta_params(config.start_from)
-    if before is not None and (before.metadata["rule"], before.metadata["step"]) != (config.rule, step):
-        raise ValueError(
-            f"{config.start_from} holds meta-parameters of {before.metadata['rule']} with step="
-            f"{before.metadata['step']}, expected {config.rule} with step={step}"
-        )
+    if before is not None:
+        check_made_for(before, config.rule, step, str(config.start_from))
     init_key, run_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
     theta = init_meta_params(init_key, rule, step) if before is None else before.theta
     say(f"{config.rule}, scheme {config.scheme}, {config.outer_steps:,} outer steps on {', '.join(config.tasks)}")

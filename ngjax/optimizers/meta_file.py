@@ -75,3 +75,20 @@ def load_meta_params(path: str | os.PathLike[str]) -> MetaFile:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     return MetaFile(traverse_util.unflatten_dict(arrays, sep="/"), json.loads(header["metadata"]))
+
+
+def check_made_for(file: MetaFile, rule: Any, step: str, where: str) -> None:
+    """Raises where a file says that its meta-parameters are of another rule or step: shapes may agree all the same.
+
+    Args:
+      file: what was read.
+      rule: a name; of a rule that has none only the step is checked.
+      step: form of the step.
+      where: the file was given, for the message.
+    """
+    for name, expected in (("rule", rule), ("step", step)):
+        found = file.metadata.get(name, expected)
+        if isinstance(expected, str) and found != expected:
+            raise ValueError(
+                f"{where}: expected meta-parameters of {name}={expected!r}, the file has those of {found!r}"
+            )

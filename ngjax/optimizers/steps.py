@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,7 +12,6 @@ from ngjax.optimizers.features import MOMENTUM_DECAYS, had_gradient, unit_rms
 
 STEP_SCALE = 0.01
 MAGNITUDE_SCALE = 0.01
-SMALLEST_SIZE = 1e-10
 NOMINAL_DECAY = 0.9
 LEARNED_SCALE = 0.1
 UNIT_WIDTH = 16
@@ -84,7 +82,7 @@ def orthogonalized(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     matrix = moved.reshape(-1, moved.shape[-1])
     is_tall = matrix.shape[0] > matrix.shape[1]
     matrix = matrix.T if is_tall else matrix  # products with the shorter side are the smaller ones
-    matrix = matrix * jax.lax.rsqrt(jnp.maximum(jnp.sum(matrix**2), SMALLEST_SIZE**2))
+    matrix = unit_rms(matrix) / math.sqrt(matrix.size)  # so that no singular value is above one
     a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
         squares = matrix @ matrix.T

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ngjax.optimizers.features import MOMENTUM_DECAYS, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.leaves import Leaves, check_same, read_leaves
-from ngjax.optimizers.meta_file import MetaFile
+from ngjax.optimizers.meta_file import MetaFile, check_made_for
 from ngjax.optimizers.meta_params import checked_meta_params
 from ngjax.optimizers.named_rules import Rule, computing, find_rule
 from ngjax.optimizers.order import natural_layer_order, spec_layer_order
@@ -62,6 +62,7 @@ def ng_learned_opt(
     step: str = "normalized",
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: float | Array = 0.0,
+    weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     clip: float | Array | None = None,
     dtype: Any = "float32",
     chunk: int | None = None,
@@ -97,6 +98,8 @@ def ng_learned_opt(
       learning_rate: what a step is multiplied by, a number or a function of the steps taken; `None` for 1 with
         `"paper"`, and 0.01 with `"normalized"`.
       weight_decay: the learning rate times this times the parameters is subtracted, as in AdamW.
+      weight_decay_mask: a tree of booleans like the parameters, or of which that is a part, or a function from the
+        parameters to such a tree: which of them decay. `None` for all.
       clip: greatest size of each number of a step, before it is multiplied by the learning rate.
       dtype: of the rule's computation, as `"bfloat16"`; state and updates stay float32.
       chunk: scalars that the rule's perceptron sees at a time, on one device; `None` for all of a tensor. It bounds the
@@ -114,7 +117,7 @@ def ng_learned_opt(
     if spec is not None and not isinstance(spec, NeuralGraphSpec):
         raise TypeError(f"spec: expected a NeuralGraphSpec, as trace_spec makes it; received {type(spec).__name__}")
     if isinstance(meta_params, MetaFile):
-        _check_file(meta_params, rule, step)
+        check_made_for(meta_params, rule, step, "meta_params")
         meta_params = meta_params.theta
     if meta_params is None and isinstance(rule, str):
         meta_params = shipped_meta_params(rule, step)
@@ -133,6 +136,7 @@ def ng_learned_opt(
         step=step,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
         clip=clip,
         dtype=dtype,
         chunk=chunk,
@@ -147,6 +151,7 @@ def learned_opt(
     step: str,
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: float | Array = 0.0,
+    weight_decay_mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     clip: float | Array | None = None,
     dtype: Any = "float32",
     chunk: int | None = None,
@@ -204,15 +209,17 @@ def learned_opt(
         heads, new_memory = _apply(applied, theta, features, memory.arrays, layout_of(values))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
-        def total(head: Array, value: Array, gradient: Array, momenta: Sequence[Array]) -> Array:
+        def total(head: Array, value: Array, gradient: Array, momenta: Sequence[Array], decays: bool) -> Array:
             taken = step_of(head, gradient, momenta)
             if clip is not None:
                 taken = jnp.clip(taken, -clip, clip)
-            if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
+            if decays:
                 taken = taken - weight_decay * value.astype(jnp.float32)
             return (factor * taken).astype(value.dtype)
 
-        new_updates = [total(*leaf) for leaf in zip(heads, values.arrays, gradients.arrays, new_momenta, strict=True)]
+        decays = _decays(weight_decay, weight_decay_mask, params)
+        columns = heads, values.arrays, gradients.arrays, new_momenta, decays
+        new_updates = [total(*leaf) for leaf in zip(*columns, strict=True)]
         new_state = LearnedOptState(
             optax.safe_increment(state.count),
             tuple(m.treedef.unflatten(column) for m, column in zip(momenta, _columns(new_momenta), strict=True)),
@@ -223,12 +230,18 @@ def learned_opt(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_file(file: MetaFile, rule: str | Rule, step: str) -> None:
-    """Raises where a file says that its meta-parameters are of another rule or step: shapes may agree all the same."""
-    for name, expected in (("rule", rule), ("step", step)):
-        found = file.metadata.get(name, expected)
-        if isinstance(expected, str) and found != expected:
-            raise ValueError(f"meta_params: expected those of {name}={expected!r}, the file has those of {found!r}")
+def _decays(
+    weight_decay: float | Array, mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTree
+) -> list[bool]:
+    """Whether there is decay to compute, for each leaf of the parameters."""
+    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+        mask = False
+    elif mask is None:
+        mask = True
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(mask(params) if callable(mask) else mask, params))
+    except ValueError as error:
+        raise ValueError(f"weight_decay_mask: expected booleans in the structure of the parameters; {error}") from None
 
 
 def _check_amount(name: str, value: Any) -> None:

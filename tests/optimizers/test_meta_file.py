@@ -50,7 +50,11 @@ def test_what_was_read_is_an_optimizer_of_its_rule_and_step():
 def test_meta_parameters_of_another_rule_or_step_are_refused():
     """Shapes of `ff` are the same for both steps."""
     theta = init_meta_params(jax.random.key(0), "ff")
-    with pytest.raises(ValueError, match="expected those of step='normalized', the file has those of 'paper'"):
+    with pytest.raises(
+        ValueError, match="meta_params: expected meta-parameters of step='normalized', the file has those of 'paper'"
+    ):
         ng_learned_opt("ff", meta_params=MetaFile(theta, {"rule": "ff", "step": "paper"}))
-    with pytest.raises(ValueError, match="expected those of rule='ff', the file has those of 'lstm'"):
+    with pytest.raises(
+        ValueError, match="meta_params: expected meta-parameters of rule='ff', the file has those of 'lstm'"
+    ):
         ng_learned_opt("ff", meta_params=MetaFile(theta, {"rule": "lstm", "step": "normalized"}))

@@ -144,6 +144,21 @@ def test_weight_decay_is_that_of_adamw(step):
     assert_close(decayed, jax.tree.map(lambda u, p: u - np.float32(0.05) * p, plain, PARAMS))
 
 
+@pytest.mark.parametrize("is_function", [False, True])
+def test_weight_decay_may_be_of_some_leaves_only(is_function):
+    mask = {"layer_0": {"kernel": True, "bias": False}, "layer_1": False}
+    masked = updates(weight_decay=0.1, weight_decay_mask=(lambda params: mask) if is_function else mask)
+    decayed, plain = updates(weight_decay=0.1), updates()
+    kernel = masked["layer_0"].pop("kernel")
+    assert_close(kernel, decayed["layer_0"].pop("kernel"), tolerance=0)
+    assert_close(masked, {"layer_0": {"bias": plain["layer_0"]["bias"]}, "layer_1": plain["layer_1"]}, tolerance=0)
+
+
+def test_a_mask_of_another_structure_is_refused():
+    with pytest.raises(ValueError, match="weight_decay_mask: expected booleans in the structure of the parameters"):
+        updates(weight_decay=0.1, weight_decay_mask={"layer_0": True})
+
+
 def test_clipping_bounds_every_number_before_the_learning_rate():
     clipped, plain = updates(clip=0.5, learning_rate=2.0), updates(learning_rate=2.0)
     assert any(np.max(np.abs(leaf)) > 1 for leaf in jax.tree.leaves(plain))

@@ -102,7 +102,7 @@ def test_meta_parameters_may_come_from_another_run(script, run, tmp_path):
     theta = load_meta_params(tmp_path / "ff" / "meta_params.safetensors").theta
     jax.tree.map(np.testing.assert_array_equal, theta, load_meta_params(file).theta)
     with pytest.raises(
-        ValueError, match=r"holds meta-parameters of ff with step=normalized, expected ff with step=paper"
+        ValueError, match=r"meta_params.safetensors: expected meta-parameters of step='paper', .* those of 'normalized'"
     ):
         script.main(config(script, tmp_path / "paper", scheme="paper", **no_change))
 

@@ -165,8 +165,11 @@ def check(config: Config) -> None:
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}={values}: expected at least one, and none twice")
-    if any(not 0 < steps < config.steps for steps in config.short_steps):
-        raise ValueError(f"short_steps={config.short_steps}: expected fewer than steps={config.steps}, and above 0")
+    short = config.short_steps
+    if any(not 0 < steps < config.steps for steps in short) or len(set(short)) < len(short):
+        raise ValueError(f"short_steps={short}: expected fewer than steps={config.steps}, above 0, and none twice")
+    if 0 < config.long_steps <= config.steps:
+        raise ValueError(f"long_steps={config.long_steps}: expected more than steps={config.steps}, or 0 for none")
     both = sorted(set(config.seeds) & set(config.tuning_seeds))
     if both:
         raise ValueError(f"seeds {both} are in both seeds and tuning_seeds; rates are to be chosen by other seeds")
@@ -340,9 +343,12 @@ def numbers_of_runs(seeds: Sequence[int], runs: Sequence[RunResult]) -> dict[str
 
 
 def shortest_run(outcome: Outcome, baseline: np.ndarray) -> int | None:
-    """The fewest steps of whole runs that end at the baseline's final loss or below, in the mean over the seeds."""
+    """The fewest steps of whole runs that end at the baseline's final loss or below, in the mean over the seeds.
+
+    Runs longer than the baseline's do not count.
+    """
     target = running_mean(baseline)[-1]
-    every = {len(baseline): outcome.runs} | outcome.other_runs
+    every = {len(baseline): outcome.runs} | {n: runs for n, runs in outcome.other_runs.items() if n < len(baseline)}
     enough = [steps for steps, runs in every.items() if running_mean(mean_losses(runs))[-1] <= target]
     return min(enough, default=None)
 

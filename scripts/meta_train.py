@@ -7,7 +7,8 @@
 The scheme `fresh` takes losses on fresh batches, in runs of many lengths, peak learning rates and reparametrizations;
 by default a step is credited with all losses after it until the next outer step. The scheme `paper` is that of Kofinas
 et al. 2024 (arXiv 2403.12143). Killed, a run goes on where it was when the same command is given again. A finished one
-goes on with more `--outer-steps`, at the learning rate of the longer schedule.
+goes on with more `--outer-steps`: the outer learning rate, which had come down to zero, rises to where a schedule of
+that length has it.
 
 Writes into the output folder: `meta_params.safetensors` with `card.md`, `results.json`, `curves.png`, and
 `metrics.jsonl` and all that resuming needs.
@@ -138,18 +139,18 @@ def main(config: Config) -> dict[str, Any]:
     if config.scheme == "paper" and config.estimator == "pes":
         raise ValueError("scheme=paper has its own estimator, expected estimator=one-step")
     tasks = [find_task(name) for name in config.tasks]  # before any work: an unknown name fails here
-    out = train.prepare_folder(config.out, "resume")
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    lengthened = check_settings(out, {k: v for k, v in settings.items() if k not in MAY_CHANGE})
-    data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
-    run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
     step: Literal["normalized", "paper"] = "paper" if config.scheme == "paper" else "normalized"
-    rule = find_rule(config.rule, step)
-    maker = LearnedOptimizer(rule, step, config.chunk)
-    trainers = [Trainer(task, maker, run_settings) for task in tasks]
     before = None if config.start_from is None else load_meta_params(config.start_from)
     if before is not None:
         check_made_for(before, config.rule, step, str(config.start_from))
+    data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
+    out = train.prepare_folder(config.out, "resume")
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    lengthened = check_settings(out, {k: v for k, v in settings.items() if k not in MAY_CHANGE})
+    run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
+    rule = find_rule(config.rule, step)
+    maker = LearnedOptimizer(rule, step, config.chunk)
+    trainers = [Trainer(task, maker, run_settings) for task in tasks]
     init_key, run_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
     theta = init_meta_params(init_key, rule, step) if before is None else before.theta
     say(f"{config.rule}, scheme {config.scheme}, {config.outer_steps:,} outer steps on {', '.join(config.tasks)}")

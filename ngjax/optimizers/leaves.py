@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -77,6 +80,38 @@ def check_same(expected: Leaves, received: Leaves) -> None:
         raise ValueError(
             f"{received.what}s: expected the containers that init saw, {expected.treedef}, received {received.treedef}"
         )
+
+
+def read_mask(what: str, mask: PyTree | Callable[[PyTree], PyTree], params: PyTree) -> list[bool]:
+    """The boolean for each leaf of the parameters, of a mask as `optax` takes it.
+
+    Args:
+      what: the mask is one of, for messages.
+      mask: booleans in the structure of the parameters or of a prefix of it, or a function that returns them.
+      params: may have leaves that are masked or `None`, which have no boolean.
+
+    Raises:
+      ValueError: another structure.
+      TypeError: leaves that are no booleans; one boolean for a tree of parameters.
+    """
+    if isinstance(mask, (bool, np.bool_)) and not jax.tree.structure(params) == jax.tree.structure(0):
+        # What is left of a function that was called as one of a number.
+        raise TypeError(
+            f"{what}: expected a tree of booleans or a function that returns one, received {mask}; "
+            f"optax.inject_hyperparams takes functions for schedules unless static_args names {what}"
+        )
+    functions = jax.tree.leaves(mask)
+    # A module that can be called may be a tree of booleans all the same.
+    if functions and all(map(callable, functions)):
+        mask = typing.cast(Callable[[PyTree], PyTree], mask)(params)
+    try:
+        found = jax.tree.leaves(jax.tree.broadcast(mask, params))
+    except ValueError as error:
+        raise ValueError(f"{what}: expected booleans in the structure of the parameters; {error}") from None
+    for flag in found:
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{what}: expected booleans, True where it applies; received {flag!r}")
+    return [bool(flag) for flag in found]
 
 
 def _shape_text(shape: tuple[int, ...] | None) -> str:

@@ -186,7 +186,10 @@ class CoordinatewiseLSTMRule(nn.Module):
     def __call__(
         self, features: Sequence[Float[Array, "..."]], states: Sequence[Float[Array, "..."]]
     ) -> tuple[tuple[Float[Array, "..."], ...], tuple[Float[Array, "..."], ...]]:
-        """`[*shape, 17]` and `[*shape, 2 * width]` to `[*shape, 2]` and the new states, for every tensor."""
+        """`[*shape, 17]` and states `[*shape, 2 * width]` to `[*shape, 2]` and new states, for every tensor.
+
+        A state is the hidden state and, behind it, the memory.
+        """
         cell = declare_lstm(self, self.reads.size, self.width).astype(self.dtype)
         head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ngjax.optimizers.features import MOMENTUM_DECAYS, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
-from ngjax.optimizers.leaves import Leaves, check_same, read_leaves
+from ngjax.optimizers.leaves import Leaves, check_same, read_leaves, read_mask
 from ngjax.optimizers.meta_file import MetaFile, check_made_for
 from ngjax.optimizers.meta_params import checked_meta_params
 from ngjax.optimizers.named_rules import Rule, computing, find_rule
@@ -45,13 +45,14 @@ class LearnedOptState(NamedTuple):
     Attributes:
       count: steps taken, `int32`.
       momenta: one tree like the parameters, in float32, for each of `MOMENTUM_DECAYS`.
-      memory: of `"coordinatewise-lstm"`, a tree like the parameters with leaves `[*shape, 2 * width]`, in float32; of
-        other rules `None`.
+      carry: of `"coordinatewise-lstm"`, a tree like the parameters with leaves `[*shape, 2 * width]` in float32, hidden
+        states and then memories, zero at first; of other rules `None`. Functions for `optax.tree.map_params` that
+        bring parameters and state together meet its axis too.
     """
 
     count: Int[Array, ""]  # type: ignore[assignment]  # the name that optax uses, which tuples have too
     momenta: tuple[PyTree, ...]
-    memory: PyTree = None
+    carry: PyTree = None
 
 
 def ng_learned_opt(
@@ -72,9 +73,10 @@ def ng_learned_opt(
     `update(gradients, state, params)` returns what is to be added to the parameters. State is float32; updates are
     computed in float32 and have the dtypes of the parameters. Updates are finite where gradients, parameters and
     meta-parameters are, from 1e-30 to 1e30; gradients that are not finite give updates that are not, for
-    `optax.apply_if_finite` to notice: a rule that reads a graph carries them through all of it, and momenta keep them.
-    Leaves that are masked (`optax.MaskedNode`, `None`) are left out as in all of `optax`. (`optax.inject_hyperparams`
-    needs `static_args=("rule", "chunk")` where these are given: it takes an object for a schedule, and traces numbers.)
+    `optax.apply_if_finite` to notice: a rule that reads a graph carries them through all of it, and the state keeps
+    them. Leaves that are masked (`optax.MaskedNode`, `None`) are left out as in all of `optax`.
+    (`optax.inject_hyperparams` needs `static_args=("rule", "chunk", "weight_decay_mask")` where these are given: it
+    takes what can be called for a schedule, and traces numbers.)
 
     Args:
       rule: `"ng-gnn"`, `"ng-t"` and `"nfn"` read the network as a graph, `"ff"` every scalar for itself,
@@ -98,12 +100,13 @@ def ng_learned_opt(
       learning_rate: what a step is multiplied by, a number or a function of the steps taken; `None` for 1 with
         `"paper"`, and 0.01 with `"normalized"`.
       weight_decay: the learning rate times this times the parameters is subtracted, as in AdamW.
-      weight_decay_mask: a tree of booleans like the parameters, or of which that is a part, or a function from the
-        parameters to such a tree: which of them decay. `None` for all.
+      weight_decay_mask: which parameters decay, as `mask` of AdamW: a tree of booleans like the parameters or a prefix
+        of it, or a function from the parameters to such a tree. `None` for all.
       clip: greatest size of each number of a step, before it is multiplied by the learning rate.
       dtype: of the rule's computation, as `"bfloat16"`; state and updates stay float32.
-      chunk: scalars that the rule's perceptron sees at a time, on one device; `None` for all of a tensor. It bounds the
-        memory that this takes, and on CPU keeps it in the cache: with `2**14`, large networks are updated faster.
+      chunk: scalars that the rule's perceptron, and the LSTM of `"coordinatewise-lstm"`, sees at a time, on one device;
+        `None` for all of a tensor. It bounds the memory that this takes, and on CPU keeps it in the cache: with
+        `2**14`, large networks are updated faster.
         Where an update is differentiated, each chunk is computed again: `2**10` makes meta-training faster on CPU.
 
     Raises:
@@ -176,11 +179,11 @@ def learned_opt(
         momenta = tuple(
             jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), params) for _ in MOMENTUM_DECAYS
         )
-        memory = None
+        carry = None
         if isinstance(rule, CoordinatewiseLSTMRule):
             size = 2 * rule.width
-            memory = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[..., None], (*leaf.shape, size)), momenta[0])
-        return LearnedOptState(jnp.zeros((), jnp.int32), momenta, memory)
+            carry = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[..., None], (*leaf.shape, size)), momenta[0])
+        return LearnedOptState(jnp.zeros((), jnp.int32), momenta, carry)
 
     def update(
         updates: PyTree, state: LearnedOptState, params: PyTree | None = None, **extra_args: Any
@@ -190,12 +193,14 @@ def learned_opt(
             raise ValueError("argument params is missing: a learned optimizer needs update(gradients, state, params)")
         if not isinstance(state, LearnedOptState):
             raise TypeError(f"state: expected what init returned, a LearnedOptState; received {type(state).__name__}")
-        if (state.memory is not None) != isinstance(rule, CoordinatewiseLSTMRule):
-            raise ValueError(
-                f"state: expected what init of {type(rule).__name__} returned, received that of another rule"
-            )
+        carry = read_leaves("carry", state.carry)
         momenta = [read_leaves("momentum", tree) for tree in state.momenta]
         gradients, values = read_leaves("gradient", updates), read_leaves("parameter", params)
+        carry_shapes = [
+            (*shape, 2 * rule.width) for shape in momenta[0].shapes if isinstance(rule, CoordinatewiseLSTMRule)
+        ]
+        if carry.shapes != carry_shapes:
+            raise ValueError(f"state: its carry is not one that init of this {type(rule).__name__} returned")
         check_same(momenta[0], gradients)
         check_same(momenta[0], values)
         new_momenta = [
@@ -205,8 +210,7 @@ def learned_opt(
         features = [
             _features(rule.reads.of, *leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)
         ]
-        memory = read_leaves("memory", state.memory)
-        heads, new_memory = _apply(applied, theta, features, memory.arrays, layout_of(values))
+        heads, new_carry = _apply(applied, theta, features, carry.arrays, layout_of(values))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
 
         def total(head: Array, value: Array, gradient: Array, momenta: Sequence[Array], decays: bool) -> Array:
@@ -217,31 +221,21 @@ def learned_opt(
                 taken = taken - weight_decay * value.astype(jnp.float32)
             return (factor * taken).astype(value.dtype)
 
-        decays = _decays(weight_decay, weight_decay_mask, params)
+        decays = [True] * len(heads)
+        if weight_decay_mask is not None:
+            decays = read_mask("weight_decay_mask", weight_decay_mask, params)
+        if isinstance(weight_decay, (int, float)) and weight_decay == 0:
+            decays = [False] * len(heads)
         columns = heads, values.arrays, gradients.arrays, new_momenta, decays
         new_updates = [total(*leaf) for leaf in zip(*columns, strict=True)]
         new_state = LearnedOptState(
             optax.safe_increment(state.count),
             tuple(m.treedef.unflatten(column) for m, column in zip(momenta, _columns(new_momenta), strict=True)),
-            memory.treedef.unflatten(new_memory),
+            carry.treedef.unflatten(new_carry),
         )
         return gradients.treedef.unflatten(new_updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _decays(
-    weight_decay: float | Array, mask: PyTree | Callable[[PyTree], PyTree] | None, params: PyTree
-) -> list[bool]:
-    """Whether there is decay to compute, for each leaf of the parameters."""
-    if isinstance(weight_decay, (int, float)) and weight_decay == 0:
-        mask = False
-    elif mask is None:
-        mask = True
-    try:
-        return jax.tree.leaves(jax.tree.broadcast(mask(params) if callable(mask) else mask, params))
-    except ValueError as error:
-        raise ValueError(f"weight_decay_mask: expected booleans in the structure of the parameters; {error}") from None
 
 
 def _check_amount(name: str, value: Any) -> None:
@@ -278,19 +272,19 @@ def _apply(
     rule: Rule,
     theta: Mapping[str, Any],
     features: Sequence[Float[Array, "..."]],
-    memory: Sequence[Float[Array, "..."]],
+    carry: Sequence[Float[Array, "..."]],
     layout: Layout,
 ) -> tuple[list[Float[Array, "..."]], list[Float[Array, "..."]]]:
-    """Heads `[*shape, 2]` and new memory, of features and memory that are not in the order of the layers.
+    """Heads `[*shape, 2]` and new carry, of features and carry that are not in the order of the layers.
 
-    There is no memory, before and after, where the rule has none.
+    Nothing is carried, before and after, where the rule is not recurrent.
     """
     if not features:
         return [], []
-    inputs = tuple(tuple(part[i] for i in layout.order) for part in (features, memory) if part)
+    inputs = tuple(tuple(part[i] for i in layout.order) for part in (features, carry) if part)
     results = [dict(zip(layout.order, part, strict=True)) for part in _heads(rule, theta, inputs, layout.spec)]
-    heads, *new_memory = ([by_leaf[i] for i in range(len(features))] for by_leaf in results)
-    return heads, new_memory[0] if new_memory else []
+    heads, *new_carry = ([by_leaf[i] for i in range(len(features))] for by_leaf in results)
+    return heads, new_carry[0] if new_carry else []
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -300,7 +294,7 @@ def _heads(
     inputs: tuple[tuple[Float[Array, "..."], ...], ...],
     spec: NeuralGraphSpec | None,
 ) -> tuple[tuple[Float[Array, "..."], ...], ...]:
-    """`(heads,)` of `(features,)`, or `(heads, memory)` of `(features, memory)`."""
+    """`(heads,)` of `(features,)`, or `(heads, carry)` of `(features, carry)`."""
     if isinstance(rule, GraphRule):
         (features,) = inputs
         return (

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ngjax.optimizers import init_meta_params, ng_learned_opt
+from ngjax.optimizers import FFRule, init_meta_params, ng_learned_opt
 from ngjax.optimizers.meta_file import MetaFile, load_meta_params, save_meta_params
 
 
@@ -45,6 +45,7 @@ def test_what_was_read_is_an_optimizer_of_its_rule_and_step():
     file = MetaFile(theta, {"rule": "ff", "step": "normalized"})
     np.testing.assert_array_equal(update(file), update(theta))
     np.testing.assert_array_equal(update(MetaFile(theta, {})), update(theta))  # says nothing of them
+    ng_learned_opt(FFRule(), meta_params=file)  # has no name
 
 
 def test_meta_parameters_of_another_rule_or_step_are_refused():

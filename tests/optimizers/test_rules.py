@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngjax.optimizers import GraphRule, heads, init_meta_params, rules, steps
+from ngjax.optimizers import CoordinatewiseLSTMRule, GraphRule, heads, init_meta_params, ng_learned_opt, rules, steps
 from ngjax.optimizers.parts import list_spec
 from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run
 
@@ -84,20 +84,25 @@ def test_coordinatewise_lstm_is_that_of_flax_for_every_scalar():
         np.testing.assert_allclose(head, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_coordinatewise_lstm_remembers_gradients_that_momenta_do_not_tell():
+def test_coordinatewise_lstm_carries_its_state_from_step_to_step():
     optimizer, params, gradient = learned_opt("coordinatewise-lstm"), normal(0), normal(1)
-    state = run(optimizer, params, [normal(2)])[1]
+    state = optimizer.init(params)
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(state.carry))
+    other = jax.device_get(jax.jit(optimizer.update)(normal(2), state, params)[1])
     update = jax.jit(optimizer.update)
-    forgetful = state._replace(memory=jax.tree.map(np.zeros_like, state.memory))
-    with_memory, without = (update(gradient, s, params)[0] for s in (state, forgetful))
-    assert all(np.all(np.abs(a - b) > 0) for a, b in zip(*map(jax.tree.leaves, (with_memory, without)), strict=True))
+    fresh, carried = (update(gradient, state._replace(carry=carry), params)[0] for carry in (state.carry, other.carry))
+    assert all(np.all(np.abs(a - b) > 0) for a, b in zip(*map(jax.tree.leaves, (fresh, carried)), strict=True))
 
 
 def test_the_state_of_another_rule_is_refused():
     params = normal(0)
     for one, other in (("ff", "coordinatewise-lstm"), ("coordinatewise-lstm", "ff")):
-        with pytest.raises(ValueError, match=r"state: expected what init of \w+ returned, received that of another"):
+        with pytest.raises(ValueError, match=r"state: its carry is not one that init of this \w+ returned"):
             learned_opt(one).update(params, learned_opt(other).init(params), params)
+    narrow = CoordinatewiseLSTMRule(width=4)
+    state = ng_learned_opt(narrow, meta_params=init_meta_params(jax.random.key(0), narrow)).init(params)
+    with pytest.raises(ValueError, match="state: its carry is not one that init of this CoordinatewiseLSTMRule"):
+        learned_opt("coordinatewise-lstm").update(params, state, params)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -69,15 +69,17 @@ def test_a_normalized_step_adds_the_learned_direction_to_momentum():
             np.testing.assert_allclose(found, unit_rms(learned - nominal), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (3, 3, 7, 5), (2, 4, 8), (5, 5)])
-def test_matrices_are_orthogonalized(shape):
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((6, 4), 1), ((4, 6), 1e30), ((3, 3, 7, 5), 1), ((2, 4, 8), 1e-30), ((5, 5), 1)]
+)
+def test_matrices_are_orthogonalized(shape, scale):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     longest = shape.index(max(shape))
 
     def matrix(x):
         return np.moveaxis(x, longest, -1).reshape(-1, shape[longest])
 
-    found = np.asarray(jax.jit(steps.orthogonalized)(jnp.asarray(x)))
+    found = np.asarray(jax.jit(steps.orthogonalized)(np.float32(scale) * x))
     left, values, right = np.linalg.svd(matrix(x), full_matrices=False)
     coordinates = left.T @ matrix(found) @ right.T
     # Singular vectors stay, singular values come near one.
@@ -154,9 +156,37 @@ def test_weight_decay_may_be_of_some_leaves_only(is_function):
     assert_close(masked, {"layer_0": {"bias": plain["layer_0"]["bias"]}, "layer_1": plain["layer_1"]}, tolerance=0)
 
 
-def test_a_mask_of_another_structure_is_refused():
+def test_a_function_of_the_mask_gets_the_parameters():
+    seen = []
+    optimizer = ng_learned_opt(
+        RULES["ff"],
+        meta_params=meta_params("ff"),
+        weight_decay=0.1,
+        weight_decay_mask=lambda tree: seen.append(tree) or True,
+    )
+    optimizer.update(GRADIENTS[0], optimizer.init(PARAMS), PARAMS)
+    assert seen[0] is PARAMS
+
+
+@pytest.mark.parametrize("weight_decay", [0.1, 0.0])
+def test_masks_that_cannot_be_are_refused(weight_decay):
     with pytest.raises(ValueError, match="weight_decay_mask: expected booleans in the structure of the parameters"):
-        updates(weight_decay=0.1, weight_decay_mask={"layer_0": True})
+        updates(weight_decay=weight_decay, weight_decay_mask={"layer_0": True})
+    with pytest.raises(TypeError, match="weight_decay_mask: expected booleans, .* received 'no'"):
+        updates(weight_decay=weight_decay, weight_decay_mask={"layer_0": True, "layer_1": "no"})
+
+
+def test_a_mask_that_is_taken_for_a_schedule_is_refused():
+    def are_matrices(params):
+        return jax.tree.map(lambda leaf: np.ndim(leaf) > 1, params)
+
+    inject = optax.inject_hyperparams(ng_learned_opt, static_args=("rule",))
+    options = {"meta_params": meta_params("ff"), "weight_decay": 0.1, "weight_decay_mask": are_matrices}
+    with pytest.raises(TypeError, match="received False; optax.inject_hyperparams takes functions for schedules"):
+        run(inject(RULES["ff"], **options), PARAMS, GRADIENTS)
+    static = optax.inject_hyperparams(ng_learned_opt, static_args=("rule", "weight_decay_mask"))
+    expected = updates(weight_decay=0.1, weight_decay_mask=are_matrices)
+    assert_close(run(static(RULES["ff"], **options), PARAMS, GRADIENTS)[0], expected)
 
 
 def test_clipping_bounds_every_number_before_the_learning_rate():
@@ -165,18 +195,18 @@ def test_clipping_bounds_every_number_before_the_learning_rate():
     assert_close(clipped, jax.tree.map(lambda leaf: np.clip(leaf, -1, 1), plain))
 
 
-@pytest.mark.parametrize("name", ["ff", "lstm", "ng-gnn", "ng-t"])
+@pytest.mark.parametrize("name", ["ff", "lstm", "ng-gnn", "ng-t", "coordinatewise-lstm"])
 def test_computing_in_bfloat16_keeps_float32_state_and_is_near(name):
     exact = updates(name, learning_rate=1.0)
     optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), learning_rate=1.0, dtype=jnp.bfloat16)
-    with jax.numpy_dtype_promotion("standard"):  # flax's layer norm mixes dtypes
+    with jax.numpy_dtype_promotion("standard" if name == "ng-t" else "strict"):  # flax's layer norm mixes dtypes
         rough, state = run(optimizer, PARAMS, GRADIENTS)
-    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((rough, state.momenta)))
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves((rough, state.momenta, state.carry)))
     distance = [np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (rough, exact)), strict=True)]
     assert 0 < max(distance) < 0.2
 
 
-@pytest.mark.parametrize("name", ["ff", "lstm", "ng-gnn"])
+@pytest.mark.parametrize("name", ["ff", "lstm", "ng-gnn", "coordinatewise-lstm"])
 def test_chunks_change_nothing(name):
     # Chunks of five of the 32 scalars of a kernel: the last one is smaller.
     assert_close(updates(name, GRADIENTS[:1], chunk=5), updates(name, GRADIENTS[:1]))

@@ -210,9 +210,11 @@ def test_sharded_parameters(name, kind):
         params, gradients = shard(PARAMS), shard(GRADIENTS[0])
         state = optimizer.init(params)
         updates, new_state = jax.jit(optimizer.update)(gradients, state, params)
-    for tree in (updates, *state.momenta, *new_state.momenta):
+    carries = [] if state.carry is None else [state.carry, new_state.carry]
+    for tree in (updates, *state.momenta, *new_state.momenta, *carries):
         for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
-            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+            expected = NamedSharding(mesh, jax.P(*theirs.sharding.spec, *(None,) * (ours.ndim - theirs.ndim)))
+            assert ours.sharding.is_equivalent_to(expected, ours.ndim)
     assert_close(updates, updates_of(optimizer)[0])
     assert_close(new_state.momenta, 5 * (GRADIENTS[0],))
 

@@ -227,11 +227,12 @@ def test_learned_optimizers_in_the_papers_form_are_not_tuned_but_run_for_long(sc
 def test_the_shortest_run_that_ends_where_adam_ends(script, meta_params, tmp_path, monkeypatch):
     def flat(trainer, theta, data, *, peak_rate, seed):
         (num_steps,) = trainer.settings.horizons
-        loss = 0.9 if theta and num_steps >= 15 else 1.0 if num_steps == STEPS else 1.5
+        loss = 0.9 if theta and num_steps >= 15 else 1.0 if num_steps >= STEPS else 1.5
+        loss += 0 if peak_rate in (1e-3, 3e-2) else 9  # the rates that are to be chosen
         return RunResult(2.5, np.full(num_steps, loss, np.float32), 1.0, 0.5)
 
     monkeypatch.setattr(script, "run_once", flat)
-    options = {"short_steps": (20, 10, 15), "long_steps": 40, "rates": (1e-2,), "meta_params": (meta_params,)}
+    options = {"short_steps": (20, 10, 15), "long_steps": 40, "rates": (1e-2, 3e-2), "meta_params": (meta_params,)}
     of_task = script.main(config(script, tmp_path, **options))["tasks"][TASK]
     adam, ff = of_task["adam"], of_task["feed-forward"]
     assert (adam["shortest_run"], ff["shortest_run"]) == (STEPS, 15)
@@ -242,6 +243,13 @@ def test_the_shortest_run_that_ends_where_adam_ends(script, meta_params, tmp_pat
     header, _, *rows = json.loads((tmp_path / "results.json").read_text())["table"]
     column = [cell.strip() for cell in header.split("|")].index("shortest run that ends there")
     assert [row.split("|")[column].strip() for row in rows] == ["30", "15"]
+
+
+def test_longer_runs_are_no_short_ones(script):
+    runs = [RunResult(2.5, np.full(STEPS, 1.5, np.float32), 1.0, 0.5)]
+    longer = [RunResult(2.5, np.full(50, 0.5, np.float32), 1.0, 0.5)]
+    outcome = script.Outcome(1e-2, {}, runs, {50: longer}, script.UpdateCost(0.1, 8, None), 0.2)
+    assert script.shortest_run(outcome, np.full(STEPS, 1.0)) is None
 
 
 def test_runs_that_diverge_are_counted_and_are_not_numbers_in_the_results(script, tmp_path):
@@ -273,6 +281,8 @@ def test_runs_that_diverge_are_counted_and_are_not_numbers_in_the_results(script
         ({"seeds": ()}, r"seeds=\(\): expected at least one"),
         ({"rates": (0.1, 0.1)}, r"rates=.*none twice"),
         ({"short_steps": (STEPS,)}, r"short_steps=\(30,\): expected fewer than steps=30"),
+        ({"short_steps": (9, 9)}, r"short_steps=\(9, 9\): .* none twice"),
+        ({"long_steps": STEPS}, r"long_steps=30: expected more than steps=30"),
         ({"steps": 0}, r"steps=0, .*expected steps and rates above 0"),
         ({"meta_params": ("adam.safetensors",)}, r"adam.safetensors"),
     ],

@@ -113,15 +113,31 @@ def test_other_settings_do_not_go_on_with_a_run(script, run):
 
 
 def test_a_finished_run_can_be_lengthened(script, tmp_path):
-    short = script.main(config(script, tmp_path, test_steps=0, scheme="paper"))
-    long = script.main(config(script, tmp_path, test_steps=0, scheme="paper", outer_steps=5))
-    assert (short["lengthened"], long["lengthened"]) == ([], [3])
-    assert "its schedule ended after 3 outer steps" in (tmp_path / "card.md").read_text()
-    assert [row["step"] for row in train.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    def run(outer_steps):
+        results = script.main(config(script, tmp_path, test_steps=0, scheme="paper", outer_steps=outer_steps))
+        theta = load_meta_params(tmp_path / "meta_params.safetensors").theta
+        return results["lengthened"], train.read_metrics(tmp_path / "metrics.jsonl"), theta
+
+    short, long, longer = (run(outer_steps) for outer_steps in (3, 5, 6))
+    assert [result[0] for result in (short, long, longer)] == [[], [3], [3, 5]]
+    assert [len(result[1]) for result in (short, long, longer)] == [3, 5, 6]
+    assert longer[1][:5] == long[1]
+    assert long[1][:3] == short[1]
+    # The schedule of three steps was at zero: another one moves meta-parameters on, by no more than its learning rate.
+    moved = [np.max(np.abs(a - b)) for a, b in zip(*map(jax.tree.leaves, (short[2], long[2])), strict=True)]
+    assert 1e-5 < max(moved) < 2 * 3e-4
+    assert "its schedule ended after 3, then 5 outer steps" in (tmp_path / "card.md").read_text()
     # Taken up again it is the lengthened run, and no longer the short one.
-    assert script.main(config(script, tmp_path, test_steps=0, scheme="paper", outer_steps=5))["lengthened"] == [3]
-    with pytest.raises(ValueError, match="holds a run with outer_steps=5, received 3"):
-        script.main(config(script, tmp_path, test_steps=0, scheme="paper"))
+    assert run(6)[0] == [3, 5]
+    with pytest.raises(ValueError, match="holds a run with outer_steps=6, received 5"):
+        run(5)
+
+
+def test_a_run_is_not_lengthened_by_settings_that_cannot_be(script, tmp_path):
+    script.main(config(script, tmp_path, test_steps=0))
+    with pytest.raises(FileNotFoundError):
+        script.main(config(script, tmp_path, test_steps=0, outer_steps=5, start_from=tmp_path / "none"))
+    assert script.main(config(script, tmp_path, test_steps=0))["lengthened"] == []
 
 
 def test_an_unfinished_run_is_not_lengthened(script, tmp_path):

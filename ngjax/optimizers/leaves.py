@@ -94,7 +94,7 @@ def read_mask(what: str, mask: PyTree | Callable[[PyTree], PyTree], params: PyTr
       ValueError: another structure.
       TypeError: leaves that are no booleans; one boolean for a tree of parameters.
     """
-    if isinstance(mask, (bool, np.bool_)) and not jax.tree.structure(params) == jax.tree.structure(0):
+    if isinstance(mask, (bool, np.bool_)) and not jax.tree_util.all_leaves([params]):
         # What is left of a function that was called as one of a number.
         raise TypeError(
             f"{what}: expected a tree of booleans or a function that returns one, received {mask}; "

@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+from collections.abc import Iterator
 
 # Read once, when jax opens its backend, so these lines come before any import of it.
 _FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -39,6 +40,18 @@ matplotlib.use("agg")
 # inside an example may take longer than any deadline.
 hypothesis.settings.register_profile("ngjax", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("ngjax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_programs() -> Iterator[None]:
+    """Lets go of the programs that a module has compiled.
+
+    Each holds several memory mappings, Linux allows a process 65,530, and LLVM crashes where it gets no more: the whole
+    suite in two processes compiles more than that.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def _folder_from_environment(variable: str, contents: str) -> pathlib.Path:

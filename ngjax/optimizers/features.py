@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 MOMENTUM_DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)
@@ -109,12 +110,13 @@ def normalized_features(
 
     Multiplying all gradients, or all values, by a number changes none of them. Finite where `scalar_features` are.
     """
-    relative = [unit_rms(x.astype(jnp.float32)) for x in (value, gradient, *momenta)]
-    moving = jnp.stack(relative[1:], axis=-1)
+    # One program for all of them: one each would be several times as much to compile and to start.
+    relative = jax.vmap(unit_rms)(jnp.stack([x.astype(jnp.float32) for x in (value, gradient, *momenta)]))
+    moving = jnp.moveaxis(relative[1:], 0, -1)
     mean_square = jnp.mean(moving**2, axis=-1, keepdims=True)
     agreement = moving * jax.lax.rsqrt(jnp.maximum(mean_square, SMALLEST_MEAN_SQUARE))
-    chosen = [relative[1], *(relative[2 + MOMENTUM_DECAYS.index(decay)] for decay in FACTORED_DECAYS)]
-    by_axes = jnp.stack([factored(x) for x in chosen], axis=-1)
+    chosen = np.array([1, *(2 + MOMENTUM_DECAYS.index(decay) for decay in FACTORED_DECAYS)])
+    by_axes = jnp.moveaxis(jax.vmap(factored)(relative[chosen]), 0, -1)
     features = jnp.concatenate([relative[0][..., None], moving, agreement, by_axes], axis=-1)
     return jnp.clip(features, -LARGEST_NORMALIZED, LARGEST_NORMALIZED)
 

@@ -328,6 +328,8 @@ def _kernel_view(param: int, layer: Layer, positions: int, *, channels_first: bo
 _OUT_FIRST = {"kernel": False, "w": False, "weight": True}
 KERNEL_NAMES = tuple(_OUT_FIRST)
 BIAS_NAMES = ("bias", "b")
+# Of plain pytrees, whose names do not say in which order the axes of a matrix are.
+_PLAIN_NAMES = re.compile(r"((?P<kernel>w|weights?|kernel)|b|bias|biases)_?(?P<number>\d*)", re.IGNORECASE)
 # Layers whose kernels are laid out in other ways, or are none.
 _FOREIGN_NAMES = ("transpose", "embed")
 _ADVICE = (
@@ -347,6 +349,8 @@ def infer_spec(params: Any, *, activation: str = "relu") -> NeuralGraphSpec:
       `nn.Dense(8)(nn.relu(nn.Dense(8)(x)))` calls the outer one, which comes last, `Dense_0`;
     * a kernel called `kernel` (Flax Linen and NNX) or `w` (Haiku) is `[*taps, in, out]`, one called `weight` (Equinox,
       PyTorch) is `[out, in, *taps]`, and nothing is grouped;
+    * pairs `(W, b)` in a list, and leaves called `W0` and `b0`, are dense layers. Their matrices are all `[in, out]` or
+      all `[out, in]`, whichever fits the biases and chains; where both do, as if all are square, it is refused;
     * what the first dense layer reads of a convolution is flattened as that library does: channels fastest in Flax and
       Haiku, positions fastest in Equinox, PyTorch and where biases are `[out, 1, 1]` (Haiku's `NCHW`). The number of
       positions follows from the sizes; 1 after global pooling;
@@ -376,12 +380,10 @@ def infer_spec(params: Any, *, activation: str = "relu") -> NeuralGraphSpec:
             raise TypeError(f"leaf {format_path(path)}: expected an array, received {type(leaf).__name__}")
         param = ParamSpec(path, tuple(leaf.shape), str(leaf.dtype))
         (leaves if jnp.issubdtype(leaf.dtype, jnp.inexact) else others).append(param)
-    named = [NamedLayer(name, _layer(name, found)) for name, found in _by_layer(leaves).items()]
-    if not named:
+    by_layer = _by_layer(leaves)
+    if not by_layer:
         raise ValueError(f"expected at least one kernel, received none; {_ADVICE}")
-    chain = _in_order(named)
-    layers = [item.layer for item in chain]
-    _check_convolutions(chain)
+    layers = [item.layer for item in _read_chain(by_layer)]
     return chain_spec(layers, activation=activation, order=[path for path, _ in pairs], treedef=treedef, others=others)
 
 
@@ -400,16 +402,13 @@ def _by_layer(leaves: Iterable[ParamSpec]) -> dict[LayerName, dict[str, ParamSpe
     layers: dict[LayerName, dict[str, ParamSpec]] = {}
     for leaf in leaves:
         where = format_path(leaf.path)
-        *prefix, name = name_parts(leaf.path)
-        rank = len(leaf.shape)
-        slot = "bias" if name in BIAS_NAMES else "kernel" if name in _OUT_FIRST else None
-        fits = (slot == "bias" and rank and math.prod(leaf.shape[1:]) == 1) or (slot == "kernel" and 2 <= rank <= 5)
-        if not fits or min(leaf.shape) < 1:
+        prefix, slot = _place(leaf)
+        if slot is None or min(leaf.shape) < 1:
             raise ValueError(
                 f"leaf {where} {leaf.shape} is not the kernel or bias of a dense layer or a convolution (expected "
-                f"kernel, w or weight with two to five axes, bias or b with one); {_ADVICE}"
+                "kernel, w or weight with two to five axes, bias or b with one; W0 and b0, or pairs of a matrix and a "
+                f"vector); {_ADVICE}"
             )
-        assert slot is not None
         if any(word in str(part).lower() for part in prefix for word in _FOREIGN_NAMES):
             raise ValueError(
                 f"leaf {where} {leaf.shape} seems to belong to a transposed convolution or an embedding, whose axes "
@@ -424,12 +423,57 @@ def _by_layer(leaves: Iterable[ParamSpec]) -> dict[LayerName, dict[str, ParamSpe
     return layers
 
 
-def _layer(name: LayerName, found: dict[str, ParamSpec]) -> Layer:
+def _place(leaf: ParamSpec) -> tuple[list[Any], str | None]:
+    """Names of the layer of a leaf, and whether it is the `"kernel"` or the `"bias"`; `None` where it is neither."""
+    *layer, name = name_parts(leaf.path) or [""]
+    rank = len(leaf.shape)
+    if name in BIAS_NAMES:
+        return layer, "bias" if rank and math.prod(leaf.shape[1:]) == 1 else None
+    if name in _OUT_FIRST:
+        return layer, "kernel" if 2 <= rank <= 5 else None
+    if isinstance(name, int):  # in a pair
+        return layer, {(0, 2): "kernel", (1, 1): "bias"}.get((name, rank))
+    plain = _PLAIN_NAMES.fullmatch(str(name))
+    if plain is None or rank != (2 if plain["kernel"] else 1):
+        return layer, None
+    return [*layer, plain["number"]] if plain["number"] else layer, "kernel" if plain["kernel"] else "bias"
+
+
+def _read_chain(by_layer: dict[LayerName, dict[str, ParamSpec]]) -> list[NamedLayer]:
+    """The layers as they follow one another.
+
+    Raises:
+      ValueError: they do not, or names and shapes leave open in which order, or with the axes of matrices in which.
+    """
+    kernels = [found["kernel"] for found in by_layer.values() if "kernel" in found]
+    untold = [kernel for kernel in kernels if name_parts(kernel.path)[-1] not in _OUT_FIRST]
+    chains: list[list[NamedLayer]] = []
+    errors: list[ValueError] = []
+    for out_first in (False, True) if untold else (False,):
+        try:
+            chain = _in_order([NamedLayer(name, _layer(name, found, out_first)) for name, found in by_layer.items()])
+            _check_convolutions(chain)
+            chains.append(chain)
+        except ValueError as error:
+            errors.append(error)
+    if not chains:
+        raise errors[0]
+    if len(chains) > 1:
+        raise ValueError(
+            f"shapes do not tell whether {format_path(untold[0].path)} {untold[0].shape} is [in, out] or [out, in], "
+            f"and the layers chain either way; call matrices kernel where they are [in, out] and weight where they are "
+            f"[out, in], or {_ADVICE}"
+        )
+    return chains[0]
+
+
+def _layer(name: LayerName, found: dict[str, ParamSpec], out_first: bool) -> Layer:
+    """The layer; `out_first` is of kernels whose name does not tell."""
     where = "/".join(name) or "<root>"
     if "kernel" not in found:
         raise ValueError(f"layer {where} has a bias but no kernel; {_ADVICE}")
     kernel, bias = found["kernel"], found.get("bias")
-    out_first = _OUT_FIRST[name_parts(kernel.path)[-1]]
+    out_first = _OUT_FIRST.get(name_parts(kernel.path)[-1], out_first)
     layer = Layer(
         kernel.path,
         kernel.shape,

@@ -593,6 +593,21 @@ def plain_case(names, shapes, x, *, leaves=("kernel", "bias"), bias=True, flat=F
     return plain_chain(names, layout=layout, leaves=leaves, **kwargs), params, (x,)
 
 
+def tuples_case(sizes, x, *, out_first=False, named=False):
+    """A list of matrices and vectors without names, or a flat dict of them with numbers."""
+    shapes = [(shape(*(a, b)[:: -1 if out_first else 1]), shape(b)) for a, b in itertools.pairwise(sizes)]
+
+    def apply(params, x):
+        for i in range(len(shapes)):
+            kernel, bias = (params[f"W{i}"], params[f"b{i}"]) if named else params[i]
+            x = x @ (kernel.T if out_first else kernel) + bias
+            x = x if i == len(shapes) - 1 else jax.nn.relu(x)
+        return x
+
+    flat = {f"{name}{i}": leaf for i, layer in enumerate(shapes) for name, leaf in zip("Wb", layer, strict=True)}
+    return apply, flat if named else shapes, (x,)
+
+
 TORCH = ("weight", "bias")
 DEEP = [f"Dense_{i}" for i in range(12)]
 CASES = {
@@ -613,6 +628,10 @@ CASES = {
     ),
     "plain MLP, unlike names": lambda: plain_case(["first", "last"], [(3, 4), (4, 2)], shape(6, 3)),
     "plain MLP, 12 layers": lambda: plain_case(DEEP, [(4, 3)] + [(3, 3)] * 10 + [(3, 2)], shape(6, 4)),
+    "list of tuples": lambda: tuples_case((3, 4, 4, 2), shape(6, 3)),
+    "list of tuples, axes [out, in]": lambda: tuples_case((3, 4, 4, 2), shape(6, 3), out_first=True),
+    "flat dict, numbered": lambda: tuples_case((4, *[3] * 11, 2), shape(6, 4), named=True),
+    "flat dict, numbered, axes [out, in]": lambda: tuples_case((3, 3, 2), shape(6, 3), out_first=True, named=True),
     "PyTorch MLP": lambda: plain_case(
         ["net.0", "net.2", "net.10"], [(4, 3), (4, 4), (2, 4)], shape(6, 3), leaves=TORCH, flat=True
     ),
@@ -758,6 +777,17 @@ def layers(kernel="kernel", bias=True, /, **shapes):
         ),
         ({"attention": {"kernel": shape(8, 2, 4), "bias": shape(2, 4)}}, r"attention/bias \(2, 4\) is not"),
         (layers(c_0=(3, 3, 1, 4)) | {"norm": {"scale": shape(4)}}, r"norm/scale \(4,\) is not"),
+        # Matrices without names that tell the order of their axes.
+        ([(shape(4, 4), shape(4)), (shape(4, 4), shape(4))], r"whether 0/0 \(4, 4\) is \[in, out\] or \[out, in\]"),
+        ({"W0": shape(8, 3), "W1": shape(3, 8)}, r"whether W0 \(8, 3\) is \[in, out\] or \[out, in\]"),
+        (
+            [(shape(3, 4), shape(4)), (shape(2, 4), shape(2))],
+            r"layer 1: the kernel 1/0 \(2, 4\) has 4 outputs, but the bias has 2",
+        ),
+        ([(shape(3, 4), shape(4)), (shape(4), shape(4)), (shape(4, 2), shape(2))], r"leaf 1/0 \(4,\) is not"),
+        ([shape(3, 4), shape(4), shape(4, 2), shape(2)], r"leaf 2 \(4, 2\) is not"),
+        ({"W0": shape(3, 3, 1, 4), "b0": shape(4)}, r"leaf W0 \(3, 3, 1, 4\) is not"),
+        (shape(3, 4), r"leaf <root> \(3, 4\) is not"),
     ],
 )
 def test_infer_spec_refuses_what_it_cannot_know(params, message):

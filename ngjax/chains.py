@@ -326,7 +326,6 @@ def _kernel_view(param: int, layer: Layer, positions: int, *, channels_first: bo
 
 # Flax and Haiku: [*taps, in, out]; Equinox and PyTorch: [out, in, *taps].
 _OUT_FIRST = {"kernel": False, "w": False, "weight": True}
-KERNEL_NAMES = tuple(_OUT_FIRST)
 BIAS_NAMES = ("bias", "b")
 # Of plain pytrees, whose names do not say in which order the axes of a matrix are.
 _PLAIN_NAMES = re.compile(r"((?P<kernel>w|weights?|kernel)|b|bias|biases)_?(?P<number>\d*)", re.IGNORECASE)
@@ -349,8 +348,9 @@ def infer_spec(params: Any, *, activation: str = "relu") -> NeuralGraphSpec:
       `nn.Dense(8)(nn.relu(nn.Dense(8)(x)))` calls the outer one, which comes last, `Dense_0`;
     * a kernel called `kernel` (Flax Linen and NNX) or `w` (Haiku) is `[*taps, in, out]`, one called `weight` (Equinox,
       PyTorch) is `[out, in, *taps]`, and nothing is grouped;
-    * pairs `(W, b)` in a list, and leaves called `W0` and `b0`, are dense layers. Their matrices are all `[in, out]` or
-      all `[out, in]`, whichever fits the biases and chains; where both do, as if all are square, it is refused;
+    * pairs `(W, b)` or dicts of `W` or `w` and `b` in one list, and leaves called `W0` and `b0` side by side, are dense
+      layers in the order of their numbers. Their matrices are all `[in, out]` or all `[out, in]`, whichever fits the
+      biases and chains; where both do, as where all are square, it is refused;
     * what the first dense layer reads of a convolution is flattened as that library does: channels fastest in Flax and
       Haiku, positions fastest in Equinox, PyTorch and where biases are `[out, 1, 1]` (Haiku's `NCHW`). The number of
       positions follows from the sizes; 1 after global pooling;
@@ -402,41 +402,67 @@ def _by_layer(leaves: Iterable[ParamSpec]) -> dict[LayerName, dict[str, ParamSpe
     layers: dict[LayerName, dict[str, ParamSpec]] = {}
     for leaf in leaves:
         where = format_path(leaf.path)
-        prefix, slot = _place(leaf)
-        if slot is None or min(leaf.shape) < 1:
+        role = role_of(leaf.path, len(leaf.shape))
+        if not _fits(role, leaf.shape):
             raise ValueError(
                 f"leaf {where} {leaf.shape} is not the kernel or bias of a dense layer or a convolution (expected "
-                "kernel, w or weight with two to five axes, bias or b with one; W0 and b0, or pairs of a matrix and a "
-                f"vector); {_ADVICE}"
+                "kernel, w or weight with two to five axes, bias or b with one; or in plain pytrees W, W0 or the first "
+                f"of a pair with two, and b, b0 or the second with one); {_ADVICE}"
             )
-        if any(word in str(part).lower() for part in prefix for word in _FOREIGN_NAMES):
+        if any(word in part.lower() for part in role.layer for word in _FOREIGN_NAMES):
             raise ValueError(
                 f"leaf {where} {leaf.shape} seems to belong to a transposed convolution or an embedding, whose axes "
                 f"names and shapes do not tell apart; {_ADVICE}"
             )
-        found = layers.setdefault(tuple(map(str, prefix)), {})
-        if slot in found:
+        assert role.slot is not None
+        found = layers.setdefault(role.layer, {})
+        if role.slot in found:
             raise ValueError(
-                f"leaves {format_path(found[slot].path)} and {where} would both be the {slot} of one layer; {_ADVICE}"
+                f"leaves {format_path(found[role.slot].path)} and {where} would both be the {role.slot} of one layer; "
+                f"{_ADVICE}"
             )
-        found[slot] = leaf
+        found[role.slot] = leaf
     return layers
 
 
-def _place(leaf: ParamSpec) -> tuple[list[Any], str | None]:
-    """Names of the layer of a leaf, and whether it is the `"kernel"` or the `"bias"`; `None` where it is neither."""
-    *layer, name = name_parts(leaf.path) or [""]
-    rank = len(leaf.shape)
+class Role(NamedTuple):
+    """What a leaf is, as far as its name says.
+
+    Attributes:
+      layer: names of the layer that it belongs to.
+      slot: which part of that layer it is, `"kernel"` or `"bias"`, or `None`.
+      is_plain: whether it is an array of a dense layer, and the order of a matrix's axes not told.
+    """
+
+    layer: LayerName
+    slot: str | None
+    is_plain: bool
+
+
+def role_of(path: Path, rank: int = 2) -> Role:
+    """The role of a leaf with so many axes."""
+    *layer, name = map(str, name_parts(path) or [""])
     if name in BIAS_NAMES:
-        return layer, "bias" if rank and math.prod(leaf.shape[1:]) == 1 else None
+        return Role(tuple(layer), "bias", False)
     if name in _OUT_FIRST:
-        return layer, "kernel" if 2 <= rank <= 5 else None
-    if isinstance(name, int):  # in a pair
-        return layer, {(0, 2): "kernel", (1, 1): "bias"}.get((name, rank))
-    plain = _PLAIN_NAMES.fullmatch(str(name))
-    if plain is None or rank != (2 if plain["kernel"] else 1):
-        return layer, None
-    return [*layer, plain["number"]] if plain["number"] else layer, "kernel" if plain["kernel"] else "bias"
+        # The `w` of Haiku belongs to a module, which has a name; one in a list may be anybody's.
+        return Role(tuple(layer), "kernel", name == "w" and rank == 2 and bool(layer) and layer[-1].isdecimal())
+    if name.isdecimal():  # in a pair
+        return Role(tuple(layer), {"0": "kernel", "1": "bias"}.get(name), True)
+    match = _PLAIN_NAMES.fullmatch(name)
+    if match is None:
+        return Role(tuple(layer), None, True)
+    numbered = (*layer, match["number"]) if match["number"] else tuple(layer)
+    return Role(numbered, "kernel" if match["kernel"] else "bias", True)
+
+
+def _fits(role: Role, shape: Sequence[int]) -> bool:
+    """Whether a leaf of this shape can be what its name says."""
+    if min(shape, default=0) < 1 or role.slot is None:
+        return False
+    if role.is_plain:
+        return len(shape) == (2 if role.slot == "kernel" else 1)
+    return 2 <= len(shape) <= 5 if role.slot == "kernel" else math.prod(shape[1:]) == 1
 
 
 def _read_chain(by_layer: dict[LayerName, dict[str, ParamSpec]]) -> list[NamedLayer]:
@@ -445,35 +471,75 @@ def _read_chain(by_layer: dict[LayerName, dict[str, ParamSpec]]) -> list[NamedLa
     Raises:
       ValueError: they do not, or names and shapes leave open in which order, or with the axes of matrices in which.
     """
-    kernels = [found["kernel"] for found in by_layer.values() if "kernel" in found]
-    untold = [kernel for kernel in kernels if name_parts(kernel.path)[-1] not in _OUT_FIRST]
+    kernels = {name: found["kernel"] for name, found in by_layer.items() if "kernel" in found}
+    plain = sorted((name for name, leaf in kernels.items() if _is_plain(leaf)), key=natural_order)
     chains: list[list[NamedLayer]] = []
-    errors: list[ValueError] = []
-    for out_first in (False, True) if untold else (False,):
+    errors: list[str] = []
+    if plain:
+        _check_plain(plain, by_layer)
+    for out_first in (False, True) if plain else (False,):
         try:
-            chain = _in_order([NamedLayer(name, _layer(name, found, out_first)) for name, found in by_layer.items()])
-            _check_convolutions(chain)
-            chains.append(chain)
+            chains.append(_chained([NamedLayer(name, _layer(name, by_layer[name], out_first)) for name in by_layer]))
         except ValueError as error:
-            errors.append(error)
+            errors.append(str(error))
     if not chains:
-        raise errors[0]
+        both = "neither with matrices [in, out]: {}; nor with matrices [out, in]: {}"
+        reason = both.format(*errors) if len(set(errors)) > 1 else errors[0]
+        raise ValueError(f"{reason}; {_ADVICE}")
     if len(chains) > 1:
+        first = kernels[plain[0]]
         raise ValueError(
-            f"shapes do not tell whether {format_path(untold[0].path)} {untold[0].shape} is [in, out] or [out, in], "
-            f"and the layers chain either way; call matrices kernel where they are [in, out] and weight where they are "
-            f"[out, in], or {_ADVICE}"
+            f"shapes do not tell whether {format_path(first.path)} {first.shape} is [in, out] or [out, in], and the "
+            f"layers chain either way; in a dict for each layer, kernel is the name of one and weight of the other; or "
+            f"{_ADVICE}"
         )
-    return chains[0]
+    (chain,) = chains
+    _check_order(chain)
+    _check_convolutions(chain)
+    return chain
+
+
+def _is_plain(leaf: ParamSpec) -> bool:
+    return role_of(leaf.path, len(leaf.shape)).is_plain
+
+
+def _check_plain(plain: Sequence[LayerName], by_layer: dict[LayerName, dict[str, ParamSpec]]) -> None:
+    """Raises where numbers do not tell how plain layers, in natural order, follow one another.
+
+    Shapes are not asked, as they are for other names: with the axes of matrices the other way round, layers chain in
+    the other order.
+    """
+    kernels = {name: found["kernel"] for name, found in by_layer.items() if "kernel" in found}
+    for name in plain:
+        if not name or not name[-1].isdecimal() or name[:-1] != plain[0][:-1]:
+            raise ValueError(
+                f"names do not tell where {format_path(kernels[name].path)} {kernels[name].shape} stands among the "
+                f"layers: matrices without a name for the order of their axes have to be in one list, or numbered side "
+                f"by side; {_ADVICE}"
+            )
+    for name, kernel in kernels.items():
+        if name not in plain and len(kernel.shape) == 2:
+            raise ValueError(
+                f"names do not tell whether {format_path(kernel.path)} or {format_path(kernels[plain[0]].path)} comes "
+                f"first; {_ADVICE}"
+            )
+    with_bias = ["bias" in by_layer[name] for name in plain]
+    if with_bias != sorted(with_bias, reverse=True):
+        first = kernels[plain[with_bias.index(False)]]
+        raise ValueError(
+            f"{format_path(first.path)} has no bias, but a later layer has one: biases may be numbered otherwise than "
+            f"matrices; {_ADVICE}"
+        )
 
 
 def _layer(name: LayerName, found: dict[str, ParamSpec], out_first: bool) -> Layer:
-    """The layer; `out_first` is of kernels whose name does not tell."""
+    """The layer, with plain matrices `[out, in]` or not."""
     where = "/".join(name) or "<root>"
     if "kernel" not in found:
-        raise ValueError(f"layer {where} has a bias but no kernel; {_ADVICE}")
+        raise ValueError(f"layer {where} has a bias but no kernel")
     kernel, bias = found["kernel"], found.get("bias")
-    out_first = _OUT_FIRST.get(name_parts(kernel.path)[-1], out_first)
+    if not _is_plain(kernel):
+        out_first = _OUT_FIRST[name_parts(kernel.path)[-1]]
     layer = Layer(
         kernel.path,
         kernel.shape,
@@ -486,12 +552,11 @@ def _layer(name: LayerName, found: dict[str, ParamSpec], out_first: bool) -> Lay
     if bias is not None and bias.shape[0] != layer.n_out:
         raise ValueError(
             f"layer {where}: the kernel {layer.name} {kernel.shape} has {layer.n_out} outputs, but the bias has "
-            f"{bias.shape[0]} entries; {_ADVICE}"
+            f"{bias.shape[0]} entries"
         )
     if bias is not None and len(bias.shape) not in (1, 1 + len(layer.taps)):
         raise ValueError(
-            f"leaf {format_path(bias.path)} {bias.shape} is not the bias of the kernel {layer.name} {kernel.shape}; "
-            f"{_ADVICE}"
+            f"leaf {format_path(bias.path)} {bias.shape} is not the bias of the kernel {layer.name} {kernel.shape}"
         )
     return layer
 
@@ -533,21 +598,24 @@ def _check_convolutions(chain: Sequence[NamedLayer]) -> None:
 # -- order of layers ---------------------------------------------------------------------------------------------------
 
 
-def _in_order(layers: Sequence[NamedLayer]) -> list[NamedLayer]:
-    """The layers as they follow one another: convolutions before dense layers, else in natural order of names.
-
-    Raises:
-      ValueError: they do not chain in this order, or also in another one that the numbers in their names allow.
-    """
+def _chained(layers: Sequence[NamedLayer]) -> list[NamedLayer]:
+    """The layers with convolutions before dense layers, else in natural order of names; raises if they do not chain."""
     chain = sorted(layers, key=lambda item: (not item.layer.taps, natural_order(item.name)))
-    for a, b in itertools.product(chain, repeat=2):
-        if b.layer.taps and not a.layer.taps and _numbered_before(a.name, b.name):
-            raise ValueError(f"{_no_chain(a.layer, b.layer)} (layers in natural order of their names); {_ADVICE}")
-    for a, b in itertools.pairwise(chain):
-        if positions_between(a.layer, b.layer) is None:
-            raise ValueError(f"{_no_chain(a.layer, b.layer)} (layers in natural order of their names); {_ADVICE}")
+    wrong = (
+        (a, b)
+        for a, b in itertools.product(chain, repeat=2)
+        if b.layer.taps and not a.layer.taps and _numbered_before(a.name, b.name)
+    )
+    unfit = ((a, b) for a, b in itertools.pairwise(chain) if positions_between(a.layer, b.layer) is None)
+    for a, b in itertools.chain(wrong, unfit):
+        raise ValueError(f"{_no_chain(a.layer, b.layer)} (layers in natural order of their names)")
+    return chain
+
+
+def _check_order(chain: Sequence[NamedLayer]) -> None:
+    """Raises where the layers chain also in another order that the numbers in their names allow."""
     if all(_comes_before(a, b) for a, b in itertools.pairwise(chain)):
-        return chain
+        return
     for order in itertools.islice(_chaining_orders(chain), 2):
         if order != tuple(range(len(chain))):
             first, second = next((chain[i], chain[j]) for i, j in enumerate(order) if i != j)
@@ -556,7 +624,6 @@ def _in_order(layers: Sequence[NamedLayer]) -> list[NamedLayer]:
                 f"{second.layer.shape} comes first, and the layers chain either way; number them in their order, or "
                 f"{_ADVICE}"
             )
-    return chain
 
 
 def _comes_before(a: NamedLayer, b: NamedLayer) -> bool:

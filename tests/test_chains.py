@@ -593,19 +593,66 @@ def plain_case(names, shapes, x, *, leaves=("kernel", "bias"), bias=True, flat=F
     return plain_chain(names, layout=layout, leaves=leaves, **kwargs), params, (x,)
 
 
-def tuples_case(sizes, x, *, out_first=False, named=False):
-    """A list of matrices and vectors without names, or a flat dict of them with numbers."""
-    shapes = [(shape(*(a, b)[:: -1 if out_first else 1]), shape(b)) for a, b in itertools.pairwise(sizes)]
+def pairs(sizes, out_first=False):
+    """Shapes of matrix and bias of each layer."""
+    return [(shape(*(a, b)[:: -1 if out_first else 1]), shape(b)) for a, b in itertools.pairwise(sizes)]
+
+
+def dicts(layers, kernel="W", bias="b"):
+    return [{kernel: matrix, bias: vector} for matrix, vector in layers]
+
+
+def flat(layers, kernel="W", bias="b", start=0):
+    return {
+        f"{name}{i}": leaf
+        for i, layer in enumerate(layers, start)
+        for name, leaf in zip((kernel, bias), layer, strict=True)
+    }
+
+
+def plain_arrays_case(layers, params, *, out_first=False):
+    """The MLP of these layers, whose arrays stand in `params` in any form."""
+    places = jax.tree.leaves(params)
+    order = [[next(i for i, leaf in enumerate(places) if leaf is part) for part in layer] for layer in layers]
 
     def apply(params, x):
-        for i in range(len(shapes)):
-            kernel, bias = (params[f"W{i}"], params[f"b{i}"]) if named else params[i]
-            x = x @ (kernel.T if out_first else kernel) + bias
-            x = x if i == len(shapes) - 1 else jax.nn.relu(x)
+        leaves = jax.tree.leaves(params)
+        for number, (kernel, *bias) in enumerate(order):
+            x = x @ (leaves[kernel].T if out_first else leaves[kernel]) + sum(leaves[i] for i in bias)
+            x = x if number == len(order) - 1 else jax.nn.relu(x)
         return x
 
-    flat = {f"{name}{i}": leaf for i, layer in enumerate(shapes) for name, leaf in zip("Wb", layer, strict=True)}
-    return apply, flat if named else shapes, (x,)
+    return apply, params, (shape(6, layers[0][0].shape[1 if out_first else 0]),)
+
+
+def plain_forms():
+    small, long, turned = pairs((3, 4, 4, 2)), pairs((4, *[3] * 11, 2)), pairs((3, 3, 2), out_first=True)
+    no_last = [*small[:-1], small[-1][:1]]
+    return {
+        "list of pairs": (small, small),
+        "list of pairs, 12 layers": (long, long),
+        "list of pairs and nothing": (small, [small[0], (), small[1], (), small[2], ()]),
+        "list of pairs in a dict": (small, {"layers": small}),
+        "list of pairs, one layer": (small[:1], small[:1]),
+        "list of pairs, the last bias missing": (no_last, no_last),
+        "list of pairs, [out, in]": (turned, turned, True),
+        "list of dicts": (small, dicts(small)),
+        "list of dicts, w": (small, dicts(small, "w")),
+        "list of dicts, w, [out, in]": (turned, dicts(turned, "w"), True),
+        "list of dicts, weights": (small, dicts(small, "weights", "biases")),
+        "numbered": (long, flat(long)),
+        "numbered from 1": (small, flat(small, "w", "b", 1)),
+        "numbered with underscores": (small, flat(small, "kernel_", "bias_")),
+        "numbered, [out, in]": (turned, flat(turned, "weight"), True),
+    }
+
+
+@pytest.mark.parametrize("form", plain_forms())
+def test_infer_spec_reads_plain_pytrees(form):
+    layers, params, *out_first = plain_forms()[form]
+    apply, shapes, inputs = plain_arrays_case(layers, params, out_first=bool(out_first))
+    params = numbered(shapes)
+    assert_same_graph(infer_spec(params, activation="relu"), trace_spec(apply, params, *inputs), params)
 
 
 TORCH = ("weight", "bias")
@@ -628,10 +675,6 @@ CASES = {
     ),
     "plain MLP, unlike names": lambda: plain_case(["first", "last"], [(3, 4), (4, 2)], shape(6, 3)),
     "plain MLP, 12 layers": lambda: plain_case(DEEP, [(4, 3)] + [(3, 3)] * 10 + [(3, 2)], shape(6, 4)),
-    "list of tuples": lambda: tuples_case((3, 4, 4, 2), shape(6, 3)),
-    "list of tuples, axes [out, in]": lambda: tuples_case((3, 4, 4, 2), shape(6, 3), out_first=True),
-    "flat dict, numbered": lambda: tuples_case((4, *[3] * 11, 2), shape(6, 4), named=True),
-    "flat dict, numbered, axes [out, in]": lambda: tuples_case((3, 3, 2), shape(6, 3), out_first=True, named=True),
     "PyTorch MLP": lambda: plain_case(
         ["net.0", "net.2", "net.10"], [(4, 3), (4, 4), (2, 4)], shape(6, 3), leaves=TORCH, flat=True
     ),
@@ -778,13 +821,37 @@ def layers(kernel="kernel", bias=True, /, **shapes):
         ({"attention": {"kernel": shape(8, 2, 4), "bias": shape(2, 4)}}, r"attention/bias \(2, 4\) is not"),
         (layers(c_0=(3, 3, 1, 4)) | {"norm": {"scale": shape(4)}}, r"norm/scale \(4,\) is not"),
         # Matrices without names that tell the order of their axes.
-        ([(shape(4, 4), shape(4)), (shape(4, 4), shape(4))], r"whether 0/0 \(4, 4\) is \[in, out\] or \[out, in\]"),
+        (pairs((4, 4, 4, 4)), r"whether 0/0 \(4, 4\) is \[in, out\] or \[out, in\]"),
+        (dicts(pairs((4, 4, 4)), "w"), r"whether 0/w \(4, 4\) is \[in, out\] or \[out, in\]"),
         ({"W0": shape(8, 3), "W1": shape(3, 8)}, r"whether W0 \(8, 3\) is \[in, out\] or \[out, in\]"),
         (
+            {"conv": {"kernel": shape(2, 2, 1, 4), "bias": shape(4)}, "dense": pairs((16, 16, 16))},
+            r"whether dense/0/0 \(16, 16\) is \[in, out\]",
+        ),
+        (
+            {"conv": {"kernel": shape(2, 2, 1, 4), "bias": shape(4)}, "dense": pairs((16, 8, 3), out_first=True)},
+            r"dense/0/0 \(8, 16\) reads 4 positions.*in an order that is not known",
+        ),
+        # Numbers have to tell the order of those: with the axes the other way round, shapes tell the reverse.
+        ({"trunk": {"W": shape(3, 4)}, "head": {"W": shape(4, 2)}}, r"names do not tell where head/W \(4, 2\) stands"),
+        ({"trunk": [shape(3, 4)], "head": [shape(4, 2)]}, r"names do not tell where head/0 \(4, 2\) stands"),
+        ((pairs((3, 5, 4)), pairs((4, 5, 1))), r"names do not tell where 1/0/0 \(4, 5\) stands"),
+        ([shape(3, 5), shape(5)], r"names do not tell where 0 \(3, 5\) stands"),
+        ({"Dense_0": {"kernel": shape(3, 4)}, "out": pairs((4, 2))}, r"whether Dense_0/kernel or out/0/0 comes first"),
+        (
+            {"W0": shape(3, 4), "W1": shape(4, 4), "W2": shape(4, 4), "b1": shape(4), "b2": shape(4)},
+            r"W0 has no bias, but a later layer has one",
+        ),
+        (
             [(shape(3, 4), shape(4)), (shape(2, 4), shape(2))],
-            r"layer 1: the kernel 1/0 \(2, 4\) has 4 outputs, but the bias has 2",
+            r"neither .*layer 1: the kernel 1/0 \(2, 4\) has 4 outputs, but the bias has 2.*layer 0: the kernel 0/0",
+        ),
+        (
+            [(shape(5, 3), shape(5)), (shape(2, 4), shape(2))],
+            r"nor with matrices \[out, in\]: layers do not chain: 0/0 has 5 outputs, but 1/0 has 4 inputs",
         ),
         ([(shape(3, 4), shape(4)), (shape(4), shape(4)), (shape(4, 2), shape(2))], r"leaf 1/0 \(4,\) is not"),
+        ([(shape(3, 4), shape(1, 4)), (shape(4, 2), shape(2))], r"leaf 0/1 \(1, 4\) is not"),
         ([shape(3, 4), shape(4), shape(4, 2), shape(2)], r"leaf 2 \(4, 2\) is not"),
         ({"W0": shape(3, 3, 1, 4), "b0": shape(4)}, r"leaf W0 \(3, 3, 1, 4\) is not"),
         (shape(3, 4), r"leaf <root> \(3, 4\) is not"),

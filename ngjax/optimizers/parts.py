@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ngjax.chains import KERNEL_NAMES, infer_spec, name_parts, natural_order
+from ngjax.chains import infer_spec, natural_order, role_of
 from ngjax.spec import NeuralGraphSpec, ParamSpec, ParamView, Path, PathKey, format_path, path_keys, without_value
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -104,10 +104,10 @@ def inferred_spec(paths: tuple[Path, ...], shapes: Shapes, left_out: tuple[Path,
 
 
 def _check_gaps(paths: Sequence[Path], left_out: Sequence[Path]) -> None:
-    names = [natural_order(tuple(map(str, name_parts(path)))) for path in paths]
+    layers = [natural_order(role_of(path).layer) for path in paths]
     for path in left_out:
-        parts = name_parts(path)
-        if parts[-1:] and parts[-1] in KERNEL_NAMES and min(names) < natural_order(tuple(map(str, parts))) < max(names):
+        role = role_of(path)
+        if role.slot == "kernel" and min(layers) < natural_order(role.layer) < max(layers):
             raise ValueError(f"{format_path(path)} is masked or None, and there are parameters before and behind it")
 
 

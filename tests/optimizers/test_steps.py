@@ -286,18 +286,39 @@ def test_what_has_no_graph_is_updated_one_by_one_with_one_warning():
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(found))
 
 
-LAYERS = {f"Dense_{i}": {"kernel": np.ones((4, 4), np.float32), "bias": np.ones(4, np.float32)} for i in range(3)}
+FORMS = {
+    # The name of a matrix, and a pytree of matrices and biases.
+    "Dense_{}/kernel": lambda layers: {f"Dense_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(layers)},
+    "{}/0": lambda layers: [(w, b) for w, b in layers],
+    "{}/W": lambda layers: [{"W": w, "b": b} for w, b in layers],
+    "W{}": lambda layers: {f"{name}{i}": x for i, (w, b) in enumerate(layers) for name, x in (("W", w), ("b", b))},
+}
 
 
+def three_layers():
+    return [[np.ones(shape, np.float32), np.ones(shape[1], np.float32)] for shape in ((5, 4), (4, 4), (4, 3))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_graph_of_plain_pytrees_is_inferred(form):
+    inferred_spec.cache_clear()
+    layers = FORMS[form](three_layers())
+    # Where none could be, a warning would be an error.
+    ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn")).init(layers)
+    assert inferred_spec.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("missing", [optax.MaskedNode(), None])
 @pytest.mark.parametrize(("number", "is_gap"), [(0, False), (1, True), (2, False)])
-def test_no_graph_is_inferred_over_a_gap(number, is_gap, missing):
+def test_no_graph_is_inferred_over_a_gap(number, is_gap, missing, form):
     inferred_spec.cache_clear()
-    frozen = {**LAYERS, f"Dense_{number}": {"kernel": missing, "bias": missing}}
+    layers = three_layers()
+    layers[number] = [missing, missing]
     optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"))
-    match = f"Dense_{number}/kernel is masked or None, and there are parameters before and behind"
+    match = f"{form.format(number)} is masked or None, and there are parameters before and behind"
     with pytest.warns(UserWarning, match=match) if is_gap else contextlib.nullcontext():
-        optimizer.init(frozen)
+        optimizer.init(FORMS[form](layers))
 
 
 def test_the_value_of_nnx_variables_may_be_shown_or_hidden():

@@ -22,7 +22,7 @@ def init_meta_params(key: Array, rule: str | Rule = "ng-gnn", step: str = "norma
     """Fresh meta-parameters of a rule, in float32.
 
     With `step="normalized"` the last layer is zero: the rule adds nothing yet to momentum, which the step starts from.
-    That of rules whose head keeps the scale (see `UpdateHead`) is zero in both forms: the paper's step is then zero too.
+    That of rules whose head keeps the scale (see `UpdateHead`) is zero in both forms: so is the step of the paper's.
 
     Args:
       key: a JAX random key.

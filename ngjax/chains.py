@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import jax
@@ -476,7 +476,7 @@ def _read_chain(by_layer: dict[LayerName, dict[str, ParamSpec]]) -> list[NamedLa
     chains: list[list[NamedLayer]] = []
     errors: list[str] = []
     if plain:
-        _check_plain(plain, by_layer)
+        _check_plain(plain, kernels, ["bias" in by_layer[name] for name in plain])
     for out_first in (False, True) if plain else (False,):
         try:
             chains.append(_chained([NamedLayer(name, _layer(name, by_layer[name], out_first)) for name in by_layer]))
@@ -503,13 +503,12 @@ def _is_plain(leaf: ParamSpec) -> bool:
     return role_of(leaf.path, len(leaf.shape)).is_plain
 
 
-def _check_plain(plain: Sequence[LayerName], by_layer: dict[LayerName, dict[str, ParamSpec]]) -> None:
+def _check_plain(plain: Sequence[LayerName], kernels: Mapping[LayerName, ParamSpec], with_bias: Sequence[bool]) -> None:
     """Raises where numbers do not tell how plain layers, in natural order, follow one another.
 
     Shapes are not asked, as they are for other names: with the axes of matrices the other way round, layers chain in
     the other order.
     """
-    kernels = {name: found["kernel"] for name, found in by_layer.items() if "kernel" in found}
     for name in plain:
         if not name or not name[-1].isdecimal() or name[:-1] != plain[0][:-1]:
             raise ValueError(
@@ -523,8 +522,7 @@ def _check_plain(plain: Sequence[LayerName], by_layer: dict[LayerName, dict[str,
                 f"names do not tell whether {format_path(kernel.path)} or {format_path(kernels[plain[0]].path)} comes "
                 f"first; {_ADVICE}"
             )
-    with_bias = ["bias" in by_layer[name] for name in plain]
-    if with_bias != sorted(with_bias, reverse=True):
+    if list(with_bias) != sorted(with_bias, reverse=True):
         first = kernels[plain[with_bias.index(False)]]
         raise ValueError(
             f"{format_path(first.path)} has no bias, but a later layer has one: biases may be numbered otherwise than "
@@ -601,14 +599,12 @@ def _check_convolutions(chain: Sequence[NamedLayer]) -> None:
 def _chained(layers: Sequence[NamedLayer]) -> list[NamedLayer]:
     """The layers with convolutions before dense layers, else in natural order of names; raises if they do not chain."""
     chain = sorted(layers, key=lambda item: (not item.layer.taps, natural_order(item.name)))
-    wrong = (
-        (a, b)
-        for a, b in itertools.product(chain, repeat=2)
-        if b.layer.taps and not a.layer.taps and _numbered_before(a.name, b.name)
-    )
-    unfit = ((a, b) for a, b in itertools.pairwise(chain) if positions_between(a.layer, b.layer) is None)
-    for a, b in itertools.chain(wrong, unfit):
-        raise ValueError(f"{_no_chain(a.layer, b.layer)} (layers in natural order of their names)")
+    for a, b in itertools.product(chain, repeat=2):
+        if b.layer.taps and not a.layer.taps and _numbered_before(a.name, b.name):
+            raise ValueError(f"{_no_chain(a.layer, b.layer)} (layers in natural order of their names)")
+    for a, b in itertools.pairwise(chain):
+        if positions_between(a.layer, b.layer) is None:
+            raise ValueError(f"{_no_chain(a.layer, b.layer)} (layers in natural order of their names)")
     return chain
 
 

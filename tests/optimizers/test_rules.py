@@ -149,3 +149,4 @@ def test_a_deep_head_tells_scalars_apart_from_the_start_if_it_keeps_the_scale(ke
     params["dense_8"] = {"kernel": np.ones((64, 2), np.float32), "bias": np.zeros(2, np.float32)}
     total = head.apply({"params": params}, features)[:, 0]  # of the last hidden layer
     assert smallest < np.std(total) / np.abs(np.mean(total)) < greatest
+    assert (np.std(total) > 1) == keeps_scale  # without biases, what has all but vanished still varies

@@ -47,7 +47,6 @@ class GraphRule(nn.Module):
       shared_readout: the same readout for nodes and edges.
       bias_alignment: `"reference"` reads biases from nodes that stand as many places too early as the network has
         inputs, as the PyTorch code of the paper's optimizer does with NG-GNN, which is then not equivariant.
-      keeps_scale: how the perceptron starts, see `UpdateHead`.
       reads: the features.
       dtype: of the perceptron's computation; that of the backbone is its own.
       chunk: scalars that the perceptron sees at a time.
@@ -59,7 +58,6 @@ class GraphRule(nn.Module):
     readout_hidden: int = 1
     shared_readout: bool = False
     bias_alignment: Literal["corrected", "reference"] = "corrected"
-    keeps_scale: bool = False
     reads: FeatureSet = SCALAR_FEATURES
     dtype: Any = jnp.float32
     chunk: int | None = None
@@ -74,7 +72,7 @@ class GraphRule(nn.Module):
           features: of the tensors, in the order of the spec.
           spec: of the list of tensors; `None` where nothing is known of them.
         """
-        head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, self.keeps_scale, name="head")
+        head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
         loose = self.param("loose", nn.initializers.zeros, (self.width,), jnp.float32)
         if spec is None:
             return tuple(head(f, loose) for f in features)

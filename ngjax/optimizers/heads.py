@@ -107,21 +107,22 @@ def in_chunks(
 class UpdateHead(nn.Module):
     """The perceptron of `update_head`.
 
+    The last layer starts with zeros, so that fresh meta-parameters say nothing of any scalar, and hidden layers as He
+    et al. (2015, arXiv 1502.01852) propose. In the paper's code each hidden layer divides the variance of what it is
+    given by six: fresh rules move all scalars alike, those with eight layers to within a percent, and networks are
+    ruined before anything is learned.
+
     Attributes:
       width: of the hidden layers.
       num_hidden: hidden layers.
       dtype: of the computation; parameters and result are float32.
       chunk: scalars at a time, see `in_chunks`; `None` for all.
-      keeps_scale: hidden layers start as He et al. (2015, arXiv 1502.01852) do, and the last one with zeros. In the
-        paper's code each hidden layer divides the variance of what it is given by six, so that eight of them end in
-        the same number, to within a percent, for every scalar.
     """
 
     width: int
     num_hidden: int
     dtype: Any = jnp.float32
     chunk: int | None = None
-    keeps_scale: bool = False
 
     @nn.compact
     def __call__(
@@ -143,8 +144,6 @@ class UpdateHead(nn.Module):
         return in_chunks(function, self.chunk, features, backbone)
 
     def _declare(self, number: int, inputs: int, outputs: int) -> Linear:
-        name, zeros = f"dense_{number}", nn.initializers.zeros
-        if not self.keeps_scale:
-            return LinearParams(inputs, outputs, name=name)()
+        zeros = nn.initializers.zeros
         kernel_init = zeros if number == self.num_hidden else nn.initializers.he_normal()
-        return LinearParams(inputs, outputs, kernel_init, zeros, name=name)()
+        return LinearParams(inputs, outputs, kernel_init, zeros, name=f"dense_{number}")()

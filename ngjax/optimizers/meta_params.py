@@ -21,8 +21,8 @@ from ngjax.spec import flatten_with_path, format_path, path_keys
 def init_meta_params(key: Array, rule: str | Rule = "ng-gnn", step: str = "normalized") -> dict[str, Any]:
     """Fresh meta-parameters of a rule, in float32.
 
-    With `step="normalized"` the last layer is zero: the rule adds nothing yet to momentum, which the step starts from.
-    That of rules whose head keeps the scale (see `UpdateHead`) is zero in both forms: so is the step of the paper's.
+    The last layer is zero: with `step="normalized"` the rule adds nothing yet to momentum, which the step starts from,
+    and with `step="paper"` it does not move.
 
     Args:
       key: a JAX random key.
@@ -32,12 +32,7 @@ def init_meta_params(key: Array, rule: str | Rule = "ng-gnn", step: str = "norma
     Raises:
       ValueError: an unknown rule or step.
     """
-    found = find_rule(rule, step)
-    theta = _init_meta_params(key, found)
-    if step == "normalized":
-        last = f"dense_{found.num_hidden}"
-        theta["head"][last] = jax.tree.map(jnp.zeros_like, theta["head"][last])
-    return theta
+    return _init_meta_params(key, find_rule(rule, step))
 
 
 # Compiled as one program: one operation after the other takes several times as long.

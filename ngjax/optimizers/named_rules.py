@@ -16,12 +16,10 @@ Rule = FFRule | LSTMRule | Celo2Rule | CoordinatewiseLSTMRule | GraphRule
 KERNEL_RANGE = (1, 5, 5)
 
 
-def ng_gnn_rule(
-    width: int, num_layers: int, num_hidden: int, reads: FeatureSet = SCALAR_FEATURES, keeps_scale: bool = False
-) -> GraphRule:
+def ng_gnn_rule(width: int, num_layers: int, num_hidden: int, reads: FeatureSet = SCALAR_FEATURES) -> GraphRule:
     """A `GraphRule` on NG-GNN that reads networks of any size and depth."""
     encoder = EncoderConfig(positions="depth", kernel_range=KERNEL_RANGE)
-    return GraphRule(NGGNN(width, num_layers, encoder), width, num_hidden, keeps_scale=keeps_scale, reads=reads)
+    return GraphRule(NGGNN(width, num_layers, encoder), width, num_hidden, reads=reads)
 
 
 def ng_t_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
@@ -64,14 +62,14 @@ RULES: dict[str, Rule] = {
 PAPER_RULES: dict[str, Rule] = {
     "ff": FFRule(),
     "lstm": LSTMRule(),
-    "ng-gnn": ng_gnn_rule(64, num_layers=8, num_hidden=8, keeps_scale=True),
+    "ng-gnn": ng_gnn_rule(64, num_layers=8, num_hidden=8),
     "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
     "nfn": nfn_rule(32, num_layers=3, num_hidden=2),
     "celo2": Celo2Rule(),
     "coordinatewise-lstm": CoordinatewiseLSTMRule(),
 }
 """The rules that the names stand for with `step="paper"`: those of Kofinas et al. (2024), in the sizes of its appendix,
-with positions that carry over between networks; of `"ng-gnn"` the perceptron, eight layers deep, starts otherwise.
+with positions that carry over between networks; their perceptrons start otherwise, see `UpdateHead`.
 
 `"nfn"`, about as large as theirs, `"celo2"` and `"coordinatewise-lstm"` are not among them.
 """

@@ -23,10 +23,18 @@ SIZES = (4, 8, 2)
 SPEC = ngjax.mlp_spec(SIZES)
 
 
+def drawn_meta_params(rule, seed=7):
+    """Fresh ones, but for the last layer, which would be zero."""
+    theta = jax.device_get(init_meta_params(jax.random.key(seed), rule))
+    rng, last = np.random.default_rng(seed), f"dense_{rule.num_hidden}"
+    width = len(theta["head"][last]["kernel"])
+    draw = {k: np.float32(rng.uniform(-1, 1, v.shape) / width**0.5) for k, v in theta["head"][last].items()}
+    return {**theta, "head": {**theta["head"], last: draw}}
+
+
 @functools.cache
 def meta_params(name):
-    # As for the paper's step, so that what is learned is not zero.
-    return init_meta_params(jax.random.key(7), RULES[name], "paper")
+    return drawn_meta_params(RULES[name])
 
 
 @functools.cache

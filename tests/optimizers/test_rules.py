@@ -139,14 +139,12 @@ def test_celo2_does_not_see_the_scale_of_the_loss():
         assert_close(run(learned_opt("celo2"), params, scaled)[0], expected, tolerance=1e-4)
 
 
-@pytest.mark.parametrize(("keeps_scale", "smallest", "greatest"), [(True, 0.2, np.inf), (False, 0, 0.02)])
-def test_a_deep_head_tells_scalars_apart_from_the_start_if_it_keeps_the_scale(keeps_scale, smallest, greatest):
-    head = heads.UpdateHead(64, 8, keeps_scale=keeps_scale)
+def test_a_deep_head_tells_scalars_apart_from_the_start():
+    head = heads.UpdateHead(64, 8)
     features = jax.random.normal(jax.random.key(0), (500, 14))
     params = jax.jit(head.init)(jax.random.key(1), features)["params"]
-    last = params["dense_8"]
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(last)) != keeps_scale
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(params["dense_8"]))
     params["dense_8"] = {"kernel": np.ones((64, 2), np.float32), "bias": np.zeros(2, np.float32)}
     total = head.apply({"params": params}, features)[:, 0]  # of the last hidden layer
-    assert smallest < np.std(total) / np.abs(np.mean(total)) < greatest
-    assert (np.std(total) > 1) == keeps_scale  # without biases, what has all but vanished still varies
+    assert np.std(total) / np.abs(np.mean(total)) > 0.2
+    assert np.std(total) > 1  # without biases, what has all but vanished still varies

@@ -13,7 +13,7 @@ import ngjax
 from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, shipped, steps
 from ngjax.optimizers.named_rules import ng_gnn_rule
 from ngjax.optimizers.parts import inferred_spec
-from tests.optimizers.small import RULES, SPEC, assert_close, meta_params, normal, run
+from tests.optimizers.small import RULES, SPEC, assert_close, drawn_meta_params, meta_params, normal, run
 
 PARAMS = normal(0)
 GRADIENTS = [normal(1 + t) for t in range(3)]
@@ -50,6 +50,8 @@ def test_fresh_meta_parameters_add_nothing_to_momentum(name):
     found, expected = (ng_learned_opt(RULES[name], meta_params=given, spec=SPEC) for given in (theta, nothing))
     jax.tree.map(np.testing.assert_array_equal, run(found, PARAMS, GRADIENTS)[0], run(expected, PARAMS, GRADIENTS)[0])
     assert any(np.any(leaf) for leaf in jax.tree.leaves(theta))
+    alone = ng_learned_opt(RULES[name], meta_params=theta, spec=SPEC, step="paper")
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(run(alone, PARAMS, GRADIENTS)[0]))
 
 
 def unit_rms(x):
@@ -345,7 +347,7 @@ def test_the_graph_tells_scalars_with_the_same_features_apart():
     gradient["layer_1"]["kernel"][0] = 5.0
     for name, rule in {"ff": RULES["ff"], "ng-gnn": ng_gnn_rule(8, num_layers=2, num_hidden=1)}.items():
         # The paper's step, as orthogonalizing makes rounding as large as what this is about.
-        theta = init_meta_params(jax.random.key(7), rule, "paper")
+        theta = drawn_meta_params(rule)
         optimizer = ng_learned_opt(rule, meta_params=theta, spec=SPEC, step="paper")
         first, second, *_ = run(optimizer, params, [gradient])[0]["layer_0"]["kernel"][0, 0]
         assert (abs(first - second) > 1e-6) == (name == "ng-gnn")

@@ -1,9 +1,10 @@
 """Neural graphs in JAX: the weights of a network as a graph, and models that read and edit them."""
 
 from ngjax.batching import GraphBudget, batch_graphs, budget_for, unbatch_graphs
-from ngjax.chains import cnn_spec, infer_spec, mlp_spec
+from ngjax.chains import cnn_spec, mlp_spec
 from ngjax.check import check_params
 from ngjax.graph import GroupedGraph, to_graph, to_groups, to_params
+from ngjax.infer import infer_spec
 from ngjax.matching import match_params, sort_params
 from ngjax.nn import (
     NGGNN,

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 from ngjax.actions import fixed, permutation
-from ngjax.chains import infer_spec, mlp_spec
+from ngjax.chains import mlp_spec
 from ngjax.graph import (
     flatten_groups,
     group_graph,
@@ -23,6 +23,7 @@ from ngjax.graph import (
     to_groups,
     to_params,
 )
+from ngjax.infer import infer_spec
 from ngjax.spec import (
     ACTIVATIONS,
     EdgeGroup,

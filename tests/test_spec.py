@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ngjax.actions import concat, fixed, permutation, product
-from ngjax.chains import infer_spec, mlp_spec
+from ngjax.chains import mlp_spec
+from ngjax.infer import infer_spec
 from ngjax.spec import (
     ACTIVATIONS,
     AxisIds,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ngjax.actions import concat, fixed, permutation, product, stack
-from ngjax.chains import infer_spec, mlp_spec
+from ngjax.chains import mlp_spec
+from ngjax.infer import infer_spec
 from ngjax.spec import EdgeGroup, NeuralGraphSpec, NodeGroup, ParamSpec, PathKey, param_view
 from ngjax.symmetry import permute_params, permute_randomly, random_permutations
 

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PRNGKeyArray, PyTree
 
-from ngjax.chains import infer_spec, mlp_spec
+from ngjax.chains import mlp_spec
+from ngjax.infer import infer_spec
 from ngjax.nn.activations import activation_function
 from ngjax.spec import NeuralGraphSpec
 from ngjax.trace import trace_spec

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ngjax.chains import BIAS_NAMES, name_parts, natural_order
+from ngjax.infer import BIAS_NAMES, name_parts, natural_order
 from ngjax.optimizers.parts import check_leaves
 from ngjax.spec import NeuralGraphSpec, Path
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ngjax.chains import infer_spec, natural_order, role_of
+from ngjax.infer import infer_spec, natural_order, role_of
 from ngjax.spec import NeuralGraphSpec, ParamSpec, ParamView, Path, PathKey, format_path, path_keys, without_value
 
 Shapes = tuple[tuple[int, ...], ...]

@@ -104,8 +104,8 @@ def ng_learned_opt(
         of it, or a function from the parameters to such a tree. `None` for all.
       clip: greatest size of each number of a step, before it is multiplied by the learning rate.
       dtype: of the rule's computation, as `"bfloat16"`; state and updates stay float32.
-      chunk: scalars that the rule's perceptron, and the LSTM of `"coordinatewise-lstm"`, sees at a time, on one device;
-        `None` for all of a tensor. It bounds the memory that this takes, and on CPU keeps it in the cache: with
+      chunk: scalars that the rule's perceptron, and the LSTM of `"coordinatewise-lstm"`, sees at a time; `None` for all
+        of a tensor. It bounds the memory that this takes, and on CPU keeps it in the cache: with
         `2**14`, large networks are updated faster.
         Where an update is differentiated, each chunk is computed again: `2**10` makes meta-training faster on CPU.
 
@@ -203,12 +203,13 @@ def learned_opt(
             raise ValueError(f"state: its carry is not one that init of this {type(rule).__name__} returned")
         check_same(momenta[0], gradients)
         check_same(momenta[0], values)
+        sharded_gradients = list(map(_sharded_as, gradients.arrays, values.arrays))
         new_momenta = [
             _update_momenta(old, gradient)
-            for gradient, *old in zip(gradients.arrays, *(m.arrays for m in momenta), strict=True)
+            for gradient, *old in zip(sharded_gradients, *(m.arrays for m in momenta), strict=True)
         ]
         features = [
-            _features(rule.reads.of, *leaf) for leaf in zip(values.arrays, gradients.arrays, new_momenta, strict=True)
+            _features(rule.reads.of, *leaf) for leaf in zip(values.arrays, sharded_gradients, new_momenta, strict=True)
         ]
         heads, new_carry = _apply(applied, theta, features, carry.arrays, layout_of(values))
         factor = jnp.asarray(rate(state.count) if callable(rate) else rate, jnp.float32)
@@ -226,7 +227,7 @@ def learned_opt(
             decays = read_mask("weight_decay_mask", weight_decay_mask, params)
         if isinstance(weight_decay, (int, float)) and weight_decay == 0:
             decays = [False] * len(heads)
-        columns = heads, values.arrays, gradients.arrays, new_momenta, decays
+        columns = heads, values.arrays, sharded_gradients, new_momenta, decays
         new_updates = [total(*leaf) for leaf in zip(*columns, strict=True)]
         new_state = LearnedOptState(
             optax.safe_increment(state.count),
@@ -295,25 +296,33 @@ def _heads(
     spec: NeuralGraphSpec | None,
 ) -> tuple[tuple[Float[Array, "..."], ...], ...]:
     """`(heads,)` of `(features,)`, or `(heads, carry)` of `(features, carry)`."""
-    if isinstance(rule, GraphRule):
-        (features,) = inputs
-        return (
-            _in_auto_mode(lambda *args: rule.apply({"params": args[0]}, args[1], spec), (theta, features), features),
-        )
-    result = typing.cast(tuple[Any, ...], rule.apply({"params": theta}, *inputs))
-    return result if isinstance(rule, CoordinatewiseLSTMRule) else (result,)
+
+    def function(theta: Mapping[str, Any], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if isinstance(rule, GraphRule):
+            return (rule.apply({"params": theta}, *inputs, spec),)
+        result = typing.cast(tuple[Any, ...], rule.apply({"params": theta}, *inputs))
+        return result if isinstance(rule, CoordinatewiseLSTMRule) else (result,)
+
+    return typing.cast(tuple[Any, ...], _in_auto_mode(function, (theta, inputs), like=inputs))
 
 
 def _in_auto_mode(function: Callable[..., Any], arguments: tuple[Any, ...], like: Any) -> Any:
     """`function(*arguments)`, whose results are sharded as `like`, with shardings inside left to the compiler.
 
-    A graph brings tensors of different shardings together, and a matrix is made of several axes, which explicit axes
-    would have to be told how to.
+    A graph brings tensors of different shardings together, and matrices and chunks are made of several axes, which
+    explicit axes would have to be told how to.
     """
     if not jax.sharding.get_abstract_mesh().explicit_axes:
         return function(*arguments)
     shardings = jax.tree.map(lambda array: jax.typeof(array).sharding, like)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*arguments)
+
+
+def _sharded_as(array: Array, like: Array) -> Array:
+    """The array in the sharding of another one of its shape, where shardings are part of types (explicit axes)."""
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return array
+    return jax.reshard(array, jax.typeof(like).sharding)
 
 
 def _columns(rows: Sequence[Sequence[Array]]) -> list[list[Array]]:

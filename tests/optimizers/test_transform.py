@@ -24,6 +24,7 @@ TESTED_WITH_FEW = (
     "test_vmap_over_optimizees",
     "test_bfloat16_rounds_only_the_result",
     "test_gradients_may_be_more_precise_than_parameters",
+    "test_replicated_gradients_of_parameters_with_explicit_shardings_and_chunks",
     "test_saved_and_restored",
     "test_leaves_that_are_no_floating_arrays_are_named",
 )
@@ -217,6 +218,24 @@ def test_sharded_parameters(name, kind):
             assert ours.sharding.is_equivalent_to(expected, ours.ndim)
     assert_close(updates, updates_of(optimizer)[0])
     assert_close(new_state.momenta, 5 * (GRADIENTS[0],))
+
+
+def test_replicated_gradients_of_parameters_with_explicit_shardings_and_chunks(name):
+    optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), chunk=4)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit))
+
+    def place(tree, layouts):
+        return jax.tree.map_with_path(
+            lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, layouts[path[-1].key])), tree
+        )
+
+    with jax.set_mesh(mesh):
+        params = place(PARAMS, {"kernel": jax.P("data", "model"), "bias": jax.P("model")})
+        gradients = place(GRADIENTS[0], {"kernel": jax.P(), "bias": jax.P()})
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+    assert_close(updates, updates_of(learned_opt(name))[0])
 
 
 def test_saved_and_restored(name, tmp_path):

@@ -21,7 +21,7 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -35,10 +35,10 @@ from matplotlib.figure import Figure
 from ngjax import train
 from ngjax.files import write_atomically, write_json
 from ngjax.machine import available_cores, describe_process
+from ngjax.metatrain.comparison import Candidate, RunResult, best_rate, hand_made, make_trainer, run_once, tuning_loss
 from ngjax.metatrain.estimators import PES, Estimator, OneStep, PaperScheme
-from ngjax.metatrain.evaluation import Outcome, evaluate
 from ngjax.metatrain.loop import meta_train, paper_optimizer
-from ngjax.metatrain.optimizers import LearnedOptimizer, adam
+from ngjax.metatrain.optimizers import LearnedOptimizer
 from ngjax.metatrain.tasks import find_task, load_task_data
 from ngjax.metatrain.unroll import RunSettings, Trainer
 from ngjax.optimizers import init_meta_params
@@ -55,8 +55,8 @@ ADAM_RATES = (3e-4, 1e-1)
 """Between these Adam's best learning rate is looked for."""
 
 TABLE_NOTES = """\
-Of fresh networks, trained with each of several peak learning rates: the one whose test loss is lowest in the mean over
-  the seeds. Losses and accuracies are those of test examples."""
+Of fresh networks, trained with each of several peak learning rates: the one whose training loss ends lowest in the mean
+  over the seeds. Losses and accuracies are those of test examples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +147,15 @@ def main(config: Config) -> dict[str, Any]:
     out = train.prepare_folder(config.out, "resume")
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     lengthened = check_settings(out, {k: v for k, v in settings.items() if k not in MAY_CHANGE})
+    standing = finished_results(out, config)
+    if standing is not None:
+        say(f"{out} holds this run, finished\n\n" + "\n".join(standing["table"]))
+        return standing
     run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
     rule = find_rule(config.rule, step)
     maker = LearnedOptimizer(rule, step, config.chunk)
     trainers = [Trainer(task, maker, run_settings) for task in tasks]
-    init_key, run_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
+    init_key, run_key = jax.random.split(jax.random.key(config.seed), 3)[:2]  # of three, as in earlier runs
     theta = init_meta_params(init_key, rule, step) if before is None else before.theta
     say(f"{config.rule}, scheme {config.scheme}, {config.outer_steps:,} outer steps on {', '.join(config.tasks)}")
     start = time.perf_counter()
@@ -185,13 +189,13 @@ def main(config: Config) -> dict[str, Any]:
     if jax.process_index() == 0:
         save_meta_params(out / "meta_params.safetensors", theta, provenance)
         save_figure(draw_curves(config, result.history), out / "curves.png")
-    table = compare(config, trainers, data, theta, test_key) if config.test_steps else {}
+    table = compare(config, trainers, data, theta) if config.test_steps else {}
     lines = format_table(config, table).splitlines() if table else []
     results = {**provenance, "table": lines, "tests": table, "meta_loss": last_losses(config, result.history)}
     if jax.process_index() == 0:
-        write_json(out / "results.json", results)
         with write_atomically(out / "card.md") as unfinished:
             unfinished.write_text(format_card(results), encoding="utf-8")
+        write_json(out / "results.json", results)  # the last of all, as it says that the run is finished
     say("\n" + "\n".join(lines) + f"\n\n{TABLE_NOTES}\n" if lines else "")
     say(f"meta-parameters, numbers and picture are in {out}")
     return results
@@ -205,7 +209,7 @@ def check_settings(out: pathlib.Path, settings: dict[str, Any]) -> list[int]:
     path = out / "settings.json"
     if not path.exists():
         if jax.process_index() == 0:
-            write_json(path, settings)
+            write_json(path, {**settings, LENGTHENED: []})
         return []
     found = json.loads(path.read_text())
     lengthened: list[int] = found.get(LENGTHENED, [])
@@ -228,8 +232,21 @@ def check_settings(out: pathlib.Path, settings: dict[str, Any]) -> list[int]:
 
 def is_finished(out: pathlib.Path, outer_steps: int) -> bool:
     """Whether the folder holds the results of so many outer steps."""
+    results = read_results(out)
+    return results is not None and results["config"]["outer_steps"] == outer_steps
+
+
+def finished_results(out: pathlib.Path, config: Config) -> dict[str, Any] | None:
+    """What results.json holds, if that is what this command would write there."""
+    results = read_results(out)
+    names = ("outer_steps", "test_steps", "test_seeds") if config.test_steps else ("outer_steps",)
+    is_same = results is not None and all(results["config"][name] == getattr(config, name) for name in names)
+    return results if is_same else None
+
+
+def read_results(out: pathlib.Path) -> dict[str, Any] | None:
     path = out / "results.json"
-    return path.exists() and bool(json.loads(path.read_text())["config"]["outer_steps"] == outer_steps)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def make_estimator(config: Config) -> Estimator:
@@ -256,52 +273,51 @@ def make_outer_optimizer(config: Config) -> optax.GradientTransformation:
 # -- what is reported -------------------------------------------------------------------------------------------------
 
 
-def compare(
-    config: Config, trainers: Sequence[Trainer], data: dict[str, Any], theta: Any, key: jax.Array
-) -> dict[str, dict[str, Any]]:
+def compare(config: Config, trainers: Sequence[Trainer], data: dict[str, Any], theta: Any) -> dict[str, dict[str, Any]]:
     """The learned optimizer and Adam on fresh networks of every task, each with its best peak learning rate."""
     table: dict[str, dict[str, Any]] = {}
     for number, trainer in enumerate(trainers):
-        name = trainer.task.name
-        makers = {
-            config.rule: (trainer.make_optimizer, np.geomspace(*config.peak_rates, 5).tolist()),
-            "adam": (adam, np.geomspace(*ADAM_RATES, 6).tolist()),
-        }
-        if config.scheme == "paper":
-            makers[config.rule] = trainer.make_optimizer, [1.0]
-        table[name] = {}
-        for title, (maker, rates) in makers.items():
+        task = trainer.task
+        table[task.name] = {}
+        has_rate = config.scheme != "paper"
+        for candidate, rates in (
+            (Candidate(config.rule, trainer.make_optimizer, theta, has_rate), np.geomspace(*config.peak_rates, 5)),
+            (hand_made("adam"), np.geomspace(*ADAM_RATES, 6)),
+        ):
             begin = time.perf_counter()
-            outcome = evaluate(
-                dataclasses.replace(trainer, make_optimizer=maker),
-                theta,
-                data[trainer.task.data],
-                key=jax.random.fold_in(key, number),
-                num_steps=config.test_steps,
-                peak_rates=rates,
-                num_seeds=config.test_seeds,
-            )
-            table[name][title] = numbers_of(outcome, rates)
+            of_task = make_trainer(candidate, task, "cosine", config.test_steps)
+            runs = {
+                rate: [
+                    run_once(of_task, candidate.theta, data[task.data], peak_rate=rate, seed=seed)
+                    for seed in range(config.test_seeds)
+                ]
+                for rate in (rates.tolist() if candidate.has_rate else [1.0])  # without a rate any number does
+            }
+            table[task.name][candidate.name] = numbers_of(runs)
             seconds, left = time.perf_counter() - begin, len(trainers) - number - 1
-            say(f"{name}: tested {title} in {seconds:.0f} s, {left} tasks more")
+            say(f"{task.name}: tested {candidate.name} in {seconds:.0f} s, {left} tasks more")
     return table
 
 
-def numbers_of(outcome: Outcome, rates: list[float]) -> dict[str, Any]:
+def numbers_of(runs: Mapping[float, Sequence[RunResult]]) -> dict[str, Any]:
     """Of the best peak rate; and of all, so that one can see how much it matters."""
-    best = outcome.best()
+    best = best_rate({rate: tuning_loss(of_rate) for rate, of_rate in runs.items()})
 
-    def spread(values: np.ndarray) -> float | None:
+    def spread(values: Sequence[float]) -> float | None:
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
+    losses = {rate: [run.test_loss for run in of_rate] for rate, of_rate in runs.items()}
+    accuracies = [run.test_accuracy for run in runs[best]]
     return {
-        "peak_rate": rates[best],
-        "test_loss": float(outcome.test_loss[best].mean()),
-        "test_loss_deviation": spread(outcome.test_loss[best]),
-        "test_accuracy": float(outcome.test_accuracy[best].mean()),
-        "test_accuracy_deviation": spread(outcome.test_accuracy[best]),
-        "peak_rates": rates,
-        "test_losses": np.nan_to_num(outcome.test_loss.mean(axis=1), nan=np.inf).clip(max=1e30).tolist(),
+        "peak_rate": best,
+        "test_loss": float(np.mean(losses[best])),
+        "test_loss_deviation": spread(losses[best]),
+        "test_accuracy": float(np.mean(accuracies)),
+        "test_accuracy_deviation": spread(accuracies),
+        "peak_rates": list(losses),
+        "test_losses": np.nan_to_num([np.mean(of_rate) for of_rate in losses.values()], nan=np.inf)
+        .clip(max=1e30)
+        .tolist(),
     }
 
 

@@ -1,7 +1,6 @@
 """Meta-training of learned optimizers: tasks, runs on them, and estimates of what meta-parameters should become."""
 
 from ngjax.metatrain.estimators import PES, Estimate, Estimator, OneStep, PaperScheme
-from ngjax.metatrain.evaluation import Outcome, evaluate
 from ngjax.metatrain.loop import MetaResult, meta_train, paper_optimizer
 from ngjax.metatrain.optimizers import LearnedOptimizer, adam
 from ngjax.metatrain.tasks import (
@@ -10,7 +9,6 @@ from ngjax.metatrain.tasks import (
     Task,
     TaskData,
     draw_scales,
-    epoch_rows,
     find_task,
     load_task_data,
     rescale,
@@ -31,7 +29,6 @@ __all__ = [
     "MetaResult",
     "OneStep",
     "OptimizerMaker",
-    "Outcome",
     "PaperScheme",
     "Run",
     "RunSettings",
@@ -40,8 +37,6 @@ __all__ = [
     "Trainer",
     "adam",
     "draw_scales",
-    "epoch_rows",
-    "evaluate",
     "find_task",
     "load_meta_params",
     "load_task_data",

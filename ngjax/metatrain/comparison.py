@@ -23,6 +23,7 @@ from ngjax.metatrain.unroll import OptimizerMaker, Run, RunSettings, Schedule, T
 from ngjax.optimizers.meta_file import MetaFile, load_meta_params
 from ngjax.optimizers.meta_params import checked_meta_params
 from ngjax.optimizers.named_rules import Rule, find_rule
+from ngjax.spec import flatten_with_path, format_path
 
 LAST_STEPS = 10
 """The final training loss of a run is the mean over so many steps at its end."""
@@ -115,8 +116,17 @@ def learned(path: str | os.PathLike[str]) -> Candidate:
         theta=file.theta,
         has_rate=step != "paper",
         is_learned=True,
-        version=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        version=fingerprint(file.theta),
     )
+
+
+def fingerprint(theta: PyTree) -> str:
+    """Sixteen hexadecimal digits that tell meta-parameters from others, wherever they are kept."""
+    digest = hashlib.sha256()
+    for leaf_path, leaf in flatten_with_path(theta)[0]:
+        digest.update(f"{format_path(leaf_path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _rule_of(path: pathlib.Path, file: MetaFile) -> Rule:

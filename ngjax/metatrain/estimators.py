@@ -20,6 +20,7 @@ from ngjax.metatrain.unroll import (
     LARGEST_LOSS,
     Run,
     Trainer,
+    check_horizons,
     is_over,
     meta_loss,
     no_run,
@@ -63,7 +64,8 @@ class OneStep:
     See `unroll_with_gradient`.
 
     Attributes:
-      truncation: steps between two updates of the meta-parameters; memory grows with it, see `unroll_with_gradient`.
+      truncation: steps between two updates of the meta-parameters, a divisor of all horizons; memory grows with it, see
+        `unroll_with_gradient`.
       credit_decay: of what a step is credited with, for each step until the loss; from 0 to 1. With 0, only the loss
         right after it counts, and what is learned is greedy: good after few steps, and behind Adam after many.
       equal_runs: give the gradient of each run a norm of one. It is proportional to the learning rate of the run, and
@@ -79,6 +81,7 @@ class OneStep:
             raise ValueError(f"credit_decay: expected 0 to 1, received {self.credit_decay}")
 
     def start(self, trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData) -> Run:
+        check_horizons(trainer.settings, self.truncation)
         return no_run(trainer, theta, key, data)
 
     def estimate(self, trainer: Trainer, theta: PyTree, member: Run, key: PRNGKeyArray, data: TaskData) -> Estimate:
@@ -122,7 +125,7 @@ class PES:
     of the smoothed loss through whole runs, and not only through a truncation. A pair starts anew together.
 
     Attributes:
-      truncation: steps between two updates of the meta-parameters.
+      truncation: steps between two updates of the meta-parameters, a divisor of all horizons.
       deviation: standard deviation of `e`.
     """
 
@@ -130,6 +133,7 @@ class PES:
     deviation: float = 0.01
 
     def start(self, trainer: Trainer, theta: PyTree, key: PRNGKeyArray, data: TaskData) -> Pair:
+        check_horizons(trainer.settings, self.truncation)
         return fresh_pair(theta, no_run(trainer, theta, key, data))
 
     def estimate(self, trainer: Trainer, theta: PyTree, member: Pair, key: PRNGKeyArray, data: TaskData) -> Estimate:

@@ -167,8 +167,8 @@ def meta_train(
       keep: how many of the latest checkpoints to keep.
 
     Raises:
-      ValueError: no tasks; runs that the devices cannot share equally; a folder whose run has another key, other
-        shapes or more steps.
+      ValueError: no tasks; runs that the devices cannot share equally; horizons that the estimator does not take; a
+        folder whose run has another key, other shapes or more steps.
       FileExistsError, OSError: see `ngjax.train.prepare_folder`.
       FloatingPointError: the meta-loss or its gradient is not finite.
     """

@@ -125,22 +125,6 @@ def sample_batch(key: PRNGKeyArray, data: Batch, batch_size: int) -> Batch:
     return Batch(data.inputs[rows], data.labels[rows])
 
 
-def epoch_rows(key: PRNGKeyArray, num_rows: int, batch_size: int, num_steps: int) -> Int[Array, "steps batch"]:
-    """The rows of each batch of a run through the data, in a new order in every epoch.
-
-    Rows that are left over at the end of an epoch and fill no batch are left out of it.
-
-    Raises:
-      ValueError: a batch that is larger than the data.
-    """
-    if not 0 < batch_size <= num_rows:
-        raise ValueError(f"batch_size: expected 1 to {num_rows}, the number of rows; received {batch_size}")
-    batches = num_rows // batch_size
-    keys = jax.random.split(key, math.ceil(num_steps / batches))
-    orders = jax.vmap(lambda epoch_key: jax.random.permutation(epoch_key, num_rows))(keys)
-    return orders[:, : batches * batch_size].reshape(-1, batch_size)[:num_steps]
-
-
 # -- text --------------------------------------------------------------------------------------------------------------
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))

@@ -47,6 +47,17 @@ class RunSettings:
     scale_spread: float = 10.0
 
 
+def check_horizons(settings: RunSettings, truncation: int) -> None:
+    """Raises where a run would end within a truncation: the steps after its end teach nothing, and would count.
+
+    Raises:
+      ValueError: a horizon that is no multiple of the truncation.
+    """
+    for horizon in settings.horizons:
+        if horizon % truncation:
+            raise ValueError(f"horizons={settings.horizons}: expected multiples of truncation={truncation}")
+
+
 class Run(NamedTuple):
     """An optimizee on its way, between two steps.
 

@@ -6,7 +6,7 @@ ends after each layer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ngjax.graph import GroupedGraph
 from ngjax.nn.encoder import EncoderConfig, GraphEncoder
-from ngjax.nn.linear import Dense, at_least_float32
+from ngjax.nn.linear import DeclareLinearMap, Dense, LinearMap, at_least_float32
 from ngjax.nn.topology import Edges, Scope, Topology, read_graph
 from ngjax.spec import NeuralGraphSpec
 
@@ -50,6 +50,20 @@ def graph_norm(topology: Topology, nodes: Float[Array, "... N d"], scope: Scope)
     return centred / (jnp.sqrt(jnp.maximum(variance, 1e-20)) + _NORM_EPSILON)
 
 
+class LazyEdges(NamedTuple):
+    """Edge features that are a linear map of others.
+
+    They are read by linear maps alone, with which this one is joined: a product less for every edge and layer.
+
+    Attributes:
+      inner: features of each edge group.
+      out: the map that is still to be made; `None` for none.
+    """
+
+    inner: Edges
+    out: LinearMap | None = None
+
+
 class PNALayer(nn.Module):
     """One round of messages. `features` is the width of nodes and edges."""
 
@@ -58,10 +72,10 @@ class PNALayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, topology: Topology, nodes: Float[Array, "... N d"], edges: Edges, mean_log_degree: float | Array
+        self, topology: Topology, nodes: Float[Array, "... N d"], edges: LazyEdges, mean_log_degree: float | Array
     ) -> Float[Array, "... N d"]:
         """New node features."""
-        film = Dense(2 * self.features, dtype=self.dtype, name="film")
+        film = DeclareLinearMap(2 * self.features, name="film")(self.features).after(edges.out)
         # One linear map of [target, source], taken apart: on nodes rather than on edges.
         of_target = topology.target(Dense(self.features, dtype=self.dtype, name="message_target")(nodes))
         of_source = topology.source(
@@ -69,10 +83,10 @@ class PNALayer(nn.Module):
         )
 
         def message(edge: Array, target: Array, source: Array) -> Array:
-            scale, shift = jnp.split(film(edge), 2, axis=-1)
+            scale, shift = jnp.split(film(edge, self.dtype), 2, axis=-1)
             return scale * (target + source) + shift
 
-        messages = tuple(map(message, edges, of_target, of_source))
+        messages = tuple(map(message, edges.inner, of_target, of_source))
         wide = at_least_float32(self.dtype)
         incoming = aggregate(topology, tuple(m.astype(wide) for m in messages), mean_log_degree)
         update = Dense(self.features, dtype=self.dtype, name="update")
@@ -87,15 +101,16 @@ class EdgeUpdate(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, topology: Topology, nodes: Float[Array, "... N d"], edges: Edges) -> Edges:
-        of_edge = Dense(self.features, dtype=self.dtype, name="edge")
-        out = Dense(self.features, dtype=self.dtype, name="out")
+    def __call__(self, topology: Topology, nodes: Float[Array, "... N d"], edges: LazyEdges) -> LazyEdges:
+        of_edge = DeclareLinearMap(self.features, name="edge")(self.features).after(edges.out)
+        out = DeclareLinearMap(self.features, name="out")(self.features)
         of_source = topology.source(Dense(self.features, use_bias=False, dtype=self.dtype, name="source")(nodes))
         of_target = topology.target(Dense(self.features, use_bias=False, dtype=self.dtype, name="target")(nodes))
-        return tuple(
-            out(nn.silu(of_edge(edge) + source + target))
-            for edge, source, target in zip(edges, of_source, of_target, strict=True)
+        inner = tuple(
+            nn.silu(of_edge(edge, self.dtype) + source + target)
+            for edge, source, target in zip(edges.inner, of_source, of_target, strict=True)
         )
+        return LazyEdges(inner, out)
 
 
 class NGGNN(nn.Module):
@@ -148,7 +163,8 @@ class NGGNN(nn.Module):
         """
         topology, nodes, weights, _ = read_graph(graph, spec, reverse=self.encoder.reverse_edges)
         encode = GraphEncoder(self.encoder, self.features, self.features, self.dtype, name="encoder")
-        nodes, edges, _, probes = encode(topology, nodes, weights)
+        nodes, encoded, _, probes = encode(topology, nodes, weights)
+        edges = LazyEdges(encoded)
         mean_log_degree: float | Array | None = self.mean_log_degree
         if mean_log_degree is None:
             # Above zero, so that padding and networks without edges divide zero by something.
@@ -164,5 +180,8 @@ class NGGNN(nn.Module):
             nodes = nn.silu((nodes * scale + shift).astype(self.dtype))
             nodes = nn.Dropout(self.dropout, deterministic=not train)(nodes)
             edges = EdgeUpdate(self.features, self.dtype, name=f"edge_update_{i}")(topology, nodes, edges)
-        forward = tuple(edge[..., None, :] for edge in topology.forward(edges))
+        forward = topology.forward(edges.inner)
+        if edges.out is not None:
+            forward = tuple(edges.out(edge, self.dtype) for edge in forward)
+        forward = tuple(edge[..., None, :] for edge in forward)
         return topology.write(graph, nodes, forward, {} if probes is None else {"probes": probes})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,3 +35,33 @@ def linear(
     """`x @ kernel` as one product of two matrices, see `Dense`."""
     flat = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=precision)
     return flat.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class LinearMap(NamedTuple):
+    """A linear map of the last axis, as arrays: what is computed with it may be another map than it."""
+
+    kernel: Float[Array, "in out"]
+    bias: Float[Array, " out"]
+
+    def __call__(self, x: Float[Array, "... in"], dtype: Any) -> Float[Array, "... out"]:
+        """Maps every vector, computing in `dtype`."""
+        return linear(x.astype(dtype), self.kernel.astype(dtype)) + self.bias.astype(dtype)
+
+    def after(self, first: LinearMap | None) -> LinearMap:
+        """The map that does `first`, and then this one, in a single product; `None` does nothing."""
+        if first is None:
+            return self
+        kernel, bias = (jnp.matmul(part, self.kernel, precision="highest") for part in first)
+        return LinearMap(kernel, bias + self.bias)
+
+
+class DeclareLinearMap(nn.Module):
+    """Declares the parameters of `Dense`, with the same names and initial values, for those who join maps."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, inputs: int) -> LinearMap:
+        """The map of vectors with so many features."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.features), jnp.float32)
+        return LinearMap(kernel, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))

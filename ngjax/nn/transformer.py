@@ -337,7 +337,7 @@ class NGT(nn.Module):
             nodes that pairs would take more memory than `memory_limit`; a width that the heads do not divide.
         """
         topology, raw_nodes, weights, _ = read_graph(graph, spec, reverse=self.encoder.reverse_edges)
-        self._check_memory(topology.max_nodes + self.class_token)
+        self.check_memory(topology.max_nodes)
         if self.attention_features % self.num_heads:
             raise ValueError(
                 f"attention_features={self.attention_features} cannot be divided among num_heads={self.num_heads}"
@@ -390,7 +390,9 @@ class NGT(nn.Module):
         forward = tuple(edge[..., None, :] for edge in new)
         return topology.write(graph, topology.from_dense_nodes(nodes), forward, updates)
 
-    def _check_memory(self, num_nodes: int) -> None:
+    def check_memory(self, num_nodes: int) -> None:
+        """Raises a `ValueError` where pairs of a graph with so many nodes would take more than `memory_limit`."""
+        num_nodes += self.class_token
         rows = min(num_nodes, self.attention_rows or num_nodes)
         hidden = 2 * self.edge_hidden + (self.edge_mlp_hidden or self.edge_hidden)
         numbers = num_nodes * (hidden + 2 * self.edge_features) + rows * 4 * self.attention_features

@@ -97,7 +97,7 @@ def read_mask(what: str, mask: PyTree | Callable[[PyTree], PyTree], params: PyTr
     if isinstance(mask, (bool, np.bool_)) and not jax.tree_util.all_leaves([params]):
         # What is left of a function that was called as one of a number.
         raise TypeError(
-            f"{what}: expected a tree of booleans or a function that returns one, received {mask}; "
+            f"{what}: expected a tree of booleans, or a function that returns one, and not a single {mask}; "
             f"optax.inject_hyperparams takes functions for schedules unless static_args names {what}"
         )
     functions = jax.tree.leaves(mask)

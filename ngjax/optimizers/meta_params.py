@@ -54,7 +54,10 @@ def checked_meta_params(rule: Rule, meta_params: Mapping[str, Any] | None) -> di
     """Meta-parameters of the shapes that the rule declares, in float32."""
     name = type(rule).__name__
     if meta_params is None:
-        raise ValueError(f"no weights are shipped for {name} of this size: give meta_params=, see init_meta_params")
+        raise ValueError(
+            f"a {name} needs meta_params=, see init_meta_params: the weights that are shipped go by the name of their "
+            "rule, as 'ng-gnn'"
+        )
     expected = jax.eval_shape(functools.partial(_init_meta_params, rule=rule), jax.random.key(0))
     wanted, treedef = flatten_with_path(expected)
     received = {path_keys(path): leaf for path, leaf in flatten_with_path(meta_params)[0]}

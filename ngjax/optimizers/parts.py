@@ -88,6 +88,8 @@ def inferred_spec(paths: tuple[Path, ...], shapes: Shapes, left_out: tuple[Path,
     if not tree:
         return None
     try:
+        if len(tree) < len(paths):
+            raise ValueError("two parameters have the same name once nested names are joined by slashes")
         _check_gaps(paths, left_out)
         spec = infer_spec(tree)
     except ValueError as error:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from ngjax.nn import NGT
 from ngjax.optimizers.features import MOMENTUM_DECAYS, update_momenta
 from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.leaves import Leaves, check_same, read_leaves, read_mask
@@ -101,7 +102,7 @@ def ng_learned_opt(
         `"paper"`, and 0.01 with `"normalized"`.
       weight_decay: the learning rate times this times the parameters is subtracted, as in AdamW.
       weight_decay_mask: which parameters decay, as `mask` of AdamW: a tree of booleans like the parameters or a prefix
-        of it, or a function from the parameters to such a tree. `None` for all.
+        of it, but not one boolean, or a function from the parameters to such a tree. `None` for all.
       clip: greatest size of each number of a step, before it is multiplied by the learning rate.
       dtype: of the rule's computation, as `"bfloat16"`; state and updates stay float32.
       chunk: scalars that the rule's perceptron, and the LSTM of `"coordinatewise-lstm"`, sees at a time; `None` for all
@@ -111,7 +112,8 @@ def ng_learned_opt(
 
     Raises:
       ValueError: an unknown rule or step; no meta-parameters where none are shipped; those of another rule, size or
-        step; a negative number; a dtype that JAX does not compute in. `init`: a leaf that the spec does not have.
+        step; a negative number; a dtype that JAX does not compute in. `init`: a leaf that the spec does not have; a
+        network too large for NG-T.
         `update`: no `params`; other leaves than those `init` saw.
       TypeError: meta-parameters, parameters or gradients that are not real floating arrays; a spec, a number or a state
         that is none.
@@ -127,6 +129,8 @@ def ng_learned_opt(
 
     def layout_of(leaves: Leaves) -> Layout:
         names = tuple(leaves.paths), tuple(leaves.shapes)
+        if not leaves.paths:
+            return Layout(())
         if not isinstance(found, GraphRule):
             return Layout(natural_layer_order(*names) if spec is None else spec_layer_order(spec, *names))
         inferred = inferred_spec(*names, tuple(leaves.left_out)) if spec is None else list_spec(spec, *names)
@@ -175,7 +179,9 @@ def learned_opt(
 
     def init(params: PyTree) -> LearnedOptState:
         leaves = read_leaves("parameter", params)
-        layout_of(leaves)  # a spec that does not fit is refused here
+        layout = layout_of(leaves)  # a spec that does not fit is refused here
+        if layout.spec is not None and isinstance(applied, GraphRule) and isinstance(applied.backbone, NGT):
+            applied.backbone.check_memory(layout.spec.num_nodes)
         momenta = tuple(
             jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), params) for _ in MOMENTUM_DECAYS
         )

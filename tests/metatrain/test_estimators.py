@@ -36,6 +36,12 @@ def test_one_step_goes_on_until_the_horizon_and_then_starts_anew():
         assert after == (12, 12) if before == (6, 12) else after[0] == 6
 
 
+@pytest.mark.parametrize("estimator", [OneStep(truncation=4), PES(truncation=4)])
+def test_runs_that_end_within_a_truncation_are_refused(estimator):
+    with pytest.raises(ValueError, match=r"horizons=\(6, 12\): expected multiples of truncation=4"):
+        estimator.start(TRAINER, quadratic.theta(), jax.random.key(0), DATA)
+
+
 @pytest.mark.parametrize("credit_decay", [-0.1, 1.5, float("nan")])
 def test_a_credit_decay_that_is_no_share_is_refused(credit_decay):
     with pytest.raises(ValueError, match="credit_decay: expected 0 to 1, received"):

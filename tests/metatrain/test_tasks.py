@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ngjax
-from ngjax.metatrain import TASKS, Batch, draw_scales, epoch_rows, find_task, load_task_data, rescale, sample_batch
+from ngjax.metatrain import TASKS, Batch, draw_scales, find_task, load_task_data, rescale, sample_batch
 from ngjax.metatrain.networks import ConvNet, Transformer, mean_over_chunks
 from ngjax.metatrain.tasks import CHARACTERS, CONTEXT, Task, standard_library_text, text_data, unscale
 
@@ -272,22 +272,6 @@ def test_batches_depend_on_the_key_alone():
     np.testing.assert_array_equal(first.inputs[..., 0], first.labels)
     assert not np.array_equal(first.labels[0], first.labels[1])
     assert set(np.asarray(first.labels).ravel().tolist()) == set(range(10))
-
-
-def test_every_epoch_has_every_row_once_in_a_new_order():
-    rows = np.asarray(epoch_rows(jax.random.key(0), num_rows=12, batch_size=4, num_steps=8))
-    assert rows.shape == (8, 4)
-    first, second = rows[:3].ravel(), rows[3:6].ravel()
-    for epoch in (first, second):
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(12))
-    assert not np.array_equal(first, second)
-
-
-def test_rows_that_fill_no_batch_are_left_out():
-    rows = np.asarray(epoch_rows(jax.random.key(0), num_rows=11, batch_size=4, num_steps=2))
-    assert len(set(rows.ravel().tolist())) == 8
-    with pytest.raises(ValueError, match="batch_size"):
-        epoch_rows(jax.random.key(0), num_rows=3, batch_size=4, num_steps=1)
 
 
 def test_scales_are_within_their_bounds_and_undone():

@@ -20,6 +20,8 @@ from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_
         ("ng-gnn", "paper", 705794),
         ("ng-t", "normalized", 20354),
         ("ng-t", "paper", 67842),
+        ("nfn", "normalized", 17698),
+        ("nfn", "paper", 76418),
     ],
 )
 def test_sizes(rule, step, num_scalars):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def pytest_generate_tests(metafunc):
     elif metafunc.function is test_sharded_parameters:
         pairs = [*((AxisType.Explicit, name) for name in RULES), *((AxisType.Auto, name) for name in FEW)]
         metafunc.parametrize(("kind", "name"), pairs)
-    else:
+    elif "name" in metafunc.fixturenames:
         metafunc.parametrize("name", FEW if metafunc.function.__name__ in TESTED_WITH_FEW else RULES)
 
 
@@ -134,13 +135,6 @@ def test_inside_other_transformations(name, row):
     assert_close(updates, expected(learned_opt(name)))
 
 
-def test_tree_map_params_finds_the_momenta(name):
-    state = learned_opt(name).init(PARAMS)
-    changed = optax.tree.map_params(learned_opt(name), lambda leaf: leaf + 1, state)
-    assert changed.count == 0
-    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(changed.momenta))
-
-
 def test_a_spec_may_have_more_than_the_tree(name):
     without = {"layer_1": {"kernel": optax.MaskedNode(), "bias": None}}
     optimizer = ng_learned_opt(RULES[name], spec=SPEC, meta_params=meta_params(name))
@@ -153,7 +147,12 @@ def test_a_spec_may_have_more_than_the_tree(name):
 
 def test_trees_without_leaves_and_leaves_without_elements(name):
     optimizer = learned_opt(name)
-    assert optimizer.update({}, optimizer.init({}), {})[0] == {}
+    for given in (optimizer, ng_learned_opt(RULES[name], spec=SPEC, meta_params=meta_params(name))):
+        assert given.update({}, given.init({}), {})[0] == {}
+        # Calls init with a placeholder, which has no leaves.
+        changed = optax.tree.map_params(given, lambda leaf: leaf + 1, given.init(PARAMS))
+        assert changed.count == 0
+        assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(changed.momenta))
     inferred_spec.cache_clear()
     tree = {"a": np.zeros((0, 3), np.float32), "b": np.ones((), np.float32), "c": None}
     reads_graphs = isinstance(RULES[name], GraphRule)
@@ -370,6 +369,26 @@ def test_spec_that_does_not_fit(name):
         optimizer.init(transposed(PARAMS))
 
 
+def test_names_that_join_to_the_same_are_updated_without_a_graph():
+    tree = {"a/kernel": np.ones((2, 3), np.float32), "a": {"kernel": np.ones((3, 2), np.float32)}}
+    with pytest.warns(UserWarning, match="12 parameters .* two parameters have the same name"):
+        updates, _ = run(learned_opt("ng-gnn"), tree, [tree])
+    assert is_finite(updates)
+
+
+def test_a_network_too_large_for_ng_t_is_refused_at_once():
+    sizes = (784, 4000, 4000, 10)
+    tree = {
+        f"layer_{i}": {
+            "kernel": jax.ShapeDtypeStruct(ends, jnp.float32),
+            "bias": jax.ShapeDtypeStruct(ends[1:], jnp.float32),
+        }
+        for i, ends in enumerate(itertools.pairwise(sizes))
+    }
+    with pytest.raises(ValueError, match=r"all pairs of 8,795 nodes: about .* GB .* use NG-GNN"):
+        jax.eval_shape(learned_opt("ng-t").init, tree)
+
+
 def test_bad_meta_params(name):
     rule, theta = RULES[name], meta_params(name)
     head = theta["head"]
@@ -378,7 +397,7 @@ def test_bad_meta_params(name):
     def using(changed):
         return ng_learned_opt(rule, meta_params=changed)
 
-    with pytest.raises(ValueError, match=f"no weights are shipped for {type(rule).__name__} of this size"):
+    with pytest.raises(ValueError, match=f"a {type(rule).__name__} needs meta_params=, .* by the name of their rule"):
         ng_learned_opt(rule)
     with pytest.raises(
         ValueError, match=r"meta-parameter head/dense_0/kernel of \w+: expected shape \(\d+, 8\), received"

@@ -4,13 +4,12 @@ from ngjax.optimizers.graph_rules import GraphRule
 from ngjax.optimizers.meta_file import load_meta_params, save_meta_params
 from ngjax.optimizers.meta_params import init_meta_params
 from ngjax.optimizers.named_rules import PAPER_RULES, RULES
-from ngjax.optimizers.rules import Celo2Rule, CoordinatewiseLSTMRule, FFRule, LSTMRule
+from ngjax.optimizers.rules import CoordinatewiseLSTMRule, FFRule, LSTMRule
 from ngjax.optimizers.transform import LearnedOptState, ng_learned_opt
 
 __all__ = [
     "PAPER_RULES",
     "RULES",
-    "Celo2Rule",
     "CoordinatewiseLSTMRule",
     "FFRule",
     "GraphRule",

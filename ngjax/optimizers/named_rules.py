@@ -9,9 +9,9 @@ from ngjax.baselines import NFN
 from ngjax.nn import NGGNN, NGT, EncoderConfig
 from ngjax.optimizers.features import NORMALIZED_FEATURES, SCALAR_FEATURES, FeatureSet
 from ngjax.optimizers.graph_rules import GraphRule
-from ngjax.optimizers.rules import Celo2Rule, CoordinatewiseLSTMRule, FFRule, LSTMRule
+from ngjax.optimizers.rules import CoordinatewiseLSTMRule, FFRule, LSTMRule
 
-Rule = FFRule | LSTMRule | Celo2Rule | CoordinatewiseLSTMRule | GraphRule
+Rule = FFRule | LSTMRule | CoordinatewiseLSTMRule | GraphRule
 
 KERNEL_RANGE = (1, 5, 5)
 
@@ -48,13 +48,32 @@ def nfn_rule(width: int, num_layers: int, num_hidden: int) -> GraphRule:
     return GraphRule(NFN(width, num_layers, encoder), width, num_hidden)
 
 
+def celo2_rule(width: int = 12) -> FFRule:
+    """A small perceptron on what each scalar is relative to its tensor, after Celo2 (Moudgil et al., arXiv 2602.19142).
+
+    With the normalized step and a schedule of the learning rate steps do not depend on the scale of the loss, as there;
+    those of wide layers are smaller here.
+
+    It is not that optimizer, and does not read its weights. The published one has 8 hidden units in each of two layers
+    and 30 features, from momenta of three decays and, in a state of their own, an average of squared gradients and
+    Adafactor's averages over rows and columns. Here the state has momenta alone, and more of them: ratios between
+    momenta of different decays, and rows and columns of the momenta themselves, stand for what these averages tell; a
+    history of squared gradients there is not. Of the others, the averages as features of their own and the clipped
+    gradient, which depends on the scale of the loss, are left out. A step is normalized over the tensor, there over its
+    last two axes; its magnitude is learned, there switched off; gradients are not clipped. What is learned is added to
+    momentum, see `normalized_step`, which orthogonalizes matrices as Celo2 does, but kernels too, and does not leave
+    biases and embeddings to AdamW.
+    """
+    return FFRule(width, num_hidden=2, reads=NORMALIZED_FEATURES)
+
+
 RULES: dict[str, Rule] = {
     "ff": FFRule(),
     "lstm": LSTMRule(),
     "ng-gnn": ng_gnn_rule(16, num_layers=2, num_hidden=2, reads=NORMALIZED_FEATURES),
     "ng-t": ng_t_rule(16, num_layers=2, num_hidden=2),
     "nfn": nfn_rule(16, num_layers=2, num_hidden=2),
-    "celo2": Celo2Rule(),
+    "celo2": celo2_rule(),
     "coordinatewise-lstm": CoordinatewiseLSTMRule(),
 }
 """The rules that the names stand for, with `step="normalized"`."""
@@ -65,7 +84,7 @@ PAPER_RULES: dict[str, Rule] = {
     "ng-gnn": ng_gnn_rule(64, num_layers=8, num_hidden=8),
     "ng-t": ng_t_rule(32, num_layers=2, num_hidden=2),
     "nfn": nfn_rule(32, num_layers=3, num_hidden=2),
-    "celo2": Celo2Rule(),
+    "celo2": celo2_rule(),
     "coordinatewise-lstm": CoordinatewiseLSTMRule(),
 }
 """The rules that the names stand for with `step="paper"`: those of Kofinas et al. (2024), in the sizes of its appendix,

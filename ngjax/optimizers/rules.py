@@ -20,62 +20,25 @@ from ngjax.optimizers.heads import Linear, LinearParams, UpdateHead, in_chunks, 
 
 
 class FFRule(nn.Module):
-    """Every scalar for itself: the perceptron alone (`FF` of the paper, 5,250 meta-parameters).
+    """Every scalar for itself: the perceptron alone (`FF` of the paper, 5,250 meta-parameters; see also `celo2_rule`).
 
     Attributes:
       width: of the hidden layers.
       num_hidden: hidden layers.
+      reads: the features.
       dtype: of the computation.
       chunk: scalars that the perceptron sees at a time.
     """
-
-    reads: ClassVar[FeatureSet] = SCALAR_FEATURES
 
     width: int = 64
     num_hidden: int = 2
+    reads: FeatureSet = SCALAR_FEATURES
     dtype: Any = jnp.float32
     chunk: int | None = None
 
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
-        """`[*shape, 14]` to `[*shape, 2]` for every tensor."""
-        head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
-        return tuple(head(f) for f in features)
-
-
-class Celo2Rule(nn.Module):
-    """A small perceptron on what each scalar is relative to its tensor, after Celo2 (Moudgil et al., arXiv 2602.19142).
-
-    With the normalized step and a schedule of the learning rate steps do not depend on the scale of the loss, as there;
-    those of wide layers are smaller here.
-
-    It is not that optimizer, and does not read its weights. The published one has 8 hidden units in each of two layers
-    and 30 features, from momenta of three decays and, in a state of their own, an average of squared gradients and
-    Adafactor's averages over rows and columns. Here the state has momenta alone, and more of them: ratios between
-    momenta of different decays, and rows and columns of the momenta themselves, stand for what these averages tell; a
-    history of squared gradients there is not. Of the others, the averages as features of their own and the clipped
-    gradient, which depends on the scale of the loss, are left out. A step is normalized over the tensor, there over its
-    last two axes; its magnitude is learned, there switched off; gradients are not clipped. What is learned is added to
-    momentum, see `normalized_step`, which orthogonalizes matrices as Celo2 does, but kernels too, and does not leave
-    biases and embeddings to AdamW.
-
-    Attributes:
-      width: of the hidden layers.
-      num_hidden: hidden layers.
-      dtype: of the computation.
-      chunk: scalars that the perceptron sees at a time.
-    """
-
-    reads: ClassVar[FeatureSet] = NORMALIZED_FEATURES
-
-    width: int = 12
-    num_hidden: int = 2
-    dtype: Any = jnp.float32
-    chunk: int | None = None
-
-    @nn.compact
-    def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
-        """`[*shape, 17]` to `[*shape, 2]` for every tensor."""
+        """`[*shape, C]` to `[*shape, 2]` for every tensor."""
         head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
         return tuple(head(f) for f in features)
 

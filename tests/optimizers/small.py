@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 import ngjax
-from ngjax.optimizers import Celo2Rule, CoordinatewiseLSTMRule, FFRule, LSTMRule, init_meta_params, ng_learned_opt
+from ngjax.optimizers import CoordinatewiseLSTMRule, FFRule, LSTMRule, init_meta_params, ng_learned_opt
 from ngjax.optimizers.features import NORMALIZED_FEATURES
-from ngjax.optimizers.named_rules import nfn_rule, ng_gnn_rule, ng_t_rule
+from ngjax.optimizers.named_rules import celo2_rule, nfn_rule, ng_gnn_rule, ng_t_rule
 
 RULES = {
     "ff": FFRule(width=8, num_hidden=1),
@@ -16,7 +16,7 @@ RULES = {
     "ng-gnn": ng_gnn_rule(8, num_layers=1, num_hidden=1, reads=NORMALIZED_FEATURES),
     "ng-t": ng_t_rule(8, num_layers=1, num_hidden=1),
     "nfn": nfn_rule(8, num_layers=1, num_hidden=1),
-    "celo2": Celo2Rule(width=8),
+    "celo2": celo2_rule(width=8),
     "coordinatewise-lstm": CoordinatewiseLSTMRule(width=8),
 }
 SIZES = (4, 8, 2)

@@ -51,7 +51,7 @@ class Candidate(NamedTuple):
       theta: meta-parameters; empty for optimizers made by hand.
       has_rate: whether it has a learning rate, which has to be tuned.
       is_learned: whether meta-training made it.
-      version: of the meta-parameters, a hash of their file; empty for optimizers made by hand.
+      version: of the meta-parameters, see `fingerprint`; empty for optimizers made by hand.
     """
 
     name: str
@@ -116,14 +116,14 @@ def learned(path: str | os.PathLike[str]) -> Candidate:
         theta=file.theta,
         has_rate=step != "paper",
         is_learned=True,
-        version=fingerprint(file.theta),
+        version=fingerprint(file),
     )
 
 
-def fingerprint(theta: PyTree) -> str:
-    """Sixteen hexadecimal digits that tell meta-parameters from others, wherever they are kept."""
-    digest = hashlib.sha256()
-    for leaf_path, leaf in flatten_with_path(theta)[0]:
+def fingerprint(file: MetaFile) -> str:
+    """Sixteen hexadecimal digits of arrays, rule and step; when and how they were made is not in them."""
+    digest = hashlib.sha256(f"{file.metadata['rule']} {file.metadata['step']}".encode())
+    for leaf_path, leaf in flatten_with_path(file.theta)[0]:
         digest.update(f"{format_path(leaf_path)} {leaf.dtype} {leaf.shape}".encode())
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]

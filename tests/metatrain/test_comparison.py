@@ -16,6 +16,7 @@ from ngjax.metatrain.comparison import (
     RunResult,
     best_rate,
     final_loss,
+    fingerprint,
     gradient_milliseconds,
     hand_made,
     has_diverged,
@@ -32,7 +33,7 @@ from ngjax.metatrain.comparison import (
 from ngjax.metatrain.tasks import Batch, sample_batch
 from ngjax.metatrain.unroll import start_run, warmup_cosine
 from ngjax.optimizers import PAPER_RULES, RULES, init_meta_params
-from ngjax.optimizers.meta_file import save_meta_params
+from ngjax.optimizers.meta_file import MetaFile, save_meta_params
 from tests.metatrain import quadratic
 
 STEPS = 25
@@ -94,6 +95,12 @@ def test_files_are_known_by_their_folder_and_say_whose_meta_parameters_they_hold
     path.rename(tmp_path / "mine" / "best.safetensors")
     renamed = learned(tmp_path / "mine" / "best.safetensors")
     assert (renamed.name, renamed.version) == ("best", candidate.version)
+    # The version is that of what is used: not of how it came about, but of arrays, rule and step.
+    theta, facts = fresh_theta(rules["ng-t"]), {"rule": "ng-t", "step": step}
+    assert fingerprint(MetaFile(theta, {**facts, "date": "2026"})) == candidate.version
+    other_step = {**facts, "step": "paper" if step == "normalized" else "normalized"}
+    assert fingerprint(MetaFile(theta, other_step)) != candidate.version
+    assert fingerprint(MetaFile(jax.tree.map(lambda leaf: leaf + 1, theta), facts)) != candidate.version
 
 
 @pytest.mark.parametrize(

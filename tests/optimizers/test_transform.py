@@ -196,18 +196,21 @@ def test_vmap_over_optimizees(name):
     assert_close(both, stacked(expected))
 
 
+SHARDED = {"kernel": jax.P("data", "model"), "bias": jax.P("model")}
+
+
+def placed(tree, mesh, layouts):
+    def place(path, leaf):
+        return jax.device_put(leaf, NamedSharding(mesh, layouts[path[-1].key]))
+
+    return jax.tree.map_with_path(place, tree)
+
+
 def test_sharded_parameters(name, kind):
     optimizer = learned_opt(name)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    layouts = {"kernel": jax.P("data", "model"), "bias": jax.P("model")}
-
-    def shard(tree):
-        return jax.tree.map_with_path(
-            lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, layouts[path[-1].key])), tree
-        )
-
     with jax.set_mesh(mesh):
-        params, gradients = shard(PARAMS), shard(GRADIENTS[0])
+        params, gradients = (placed(tree, mesh, SHARDED) for tree in (PARAMS, GRADIENTS[0]))
         state = optimizer.init(params)
         updates, new_state = jax.jit(optimizer.update)(gradients, state, params)
     carries = [] if state.carry is None else [state.carry, new_state.carry]
@@ -222,15 +225,9 @@ def test_sharded_parameters(name, kind):
 def test_replicated_gradients_of_parameters_with_explicit_shardings_and_chunks(name):
     optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), chunk=4)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit))
-
-    def place(tree, layouts):
-        return jax.tree.map_with_path(
-            lambda path, leaf: jax.device_put(leaf, NamedSharding(mesh, layouts[path[-1].key])), tree
-        )
-
     with jax.set_mesh(mesh):
-        params = place(PARAMS, {"kernel": jax.P("data", "model"), "bias": jax.P("model")})
-        gradients = place(GRADIENTS[0], {"kernel": jax.P(), "bias": jax.P()})
+        params = placed(PARAMS, mesh, SHARDED)
+        gradients = placed(GRADIENTS[0], mesh, {"kernel": jax.P(), "bias": jax.P()})
         updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     for ours, theirs in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)

@@ -35,11 +35,16 @@ def describe_machine() -> dict[str, Any]:
     return {"processor": processor_name(), "cores": available_cores(), "device": jax.devices()[0].device_kind}
 
 
+def describe_versions() -> dict[str, str]:
+    """Of this library, of jax and of Python."""
+    return {"ngjax": __version__, "jax": jax.__version__, "python": platform.python_version()}
+
+
 def describe_process() -> dict[str, Any]:
     """Machine, versions, date and command of this process, for results files."""
     return {
         "machine": describe_machine(),
-        "versions": {"ngjax": __version__, "jax": jax.__version__, "python": platform.python_version()},
+        "versions": describe_versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ngjax.files import write_atomically
 
 if TYPE_CHECKING:
@@ -22,6 +24,16 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, titl
 
     rule = ["-" * width for width in widths[:titles]] + ["-" * (width - 1) + ":" for width in widths[titles:]]
     return "\n".join(map(line, (header, rule, *rows)))
+
+
+def deviation_of(values: Sequence[float]) -> float | None:
+    """Standard deviation with Bessel's correction; a single value has none."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def with_deviation(value: float, deviation: float | None, style: str) -> str:
+    """`value ± deviation`, both in this format; without one the value alone."""
+    return format(value, style) + ("" if deviation is None else f" ± {deviation:{style}}")
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

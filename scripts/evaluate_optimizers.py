@@ -14,7 +14,7 @@ Along a cosine losses fall most at its end. How many steps an optimizer saves is
 
 Writes `results.json` and `curves.png` into the output folder, after every task, and every run with its curve into the
 folder `runs` in it. Killed, the same command goes on after the last run; runs that another command shares are used
-again too.
+again too, if they were made with the same versions of this library and of jax, and times if on the same machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 
 from ngjax import train
 from ngjax.files import write_json
-from ngjax.machine import describe_process
+from ngjax.machine import describe_machine, describe_process, describe_versions
 from ngjax.metatrain.comparison import (
     ADAMW_DECAY,
     DIVERGED_ABOVE,
@@ -62,7 +62,7 @@ from ngjax.metatrain.comparison import (
     update_cost,
 )
 from ngjax.metatrain.tasks import Task, TaskData, find_task, load_task_data
-from ngjax.report import markdown_table, save_figure
+from ngjax.report import deviation_of, markdown_table, save_figure, with_deviation
 from ngjax.train.progress import as_time
 
 BASELINE = "adam"
@@ -203,7 +203,7 @@ def plan(config: Config, folder: pathlib.Path, task: Task, candidate: Candidate,
         trainer = make_trainer(candidate, task, config.schedule, config.steps)
         return update_cost(trainer, candidate.theta, data)._asdict()
 
-    of_task = {"task": task.name}
+    of_task = {"task": task.name, "versions": describe_versions(), "machine": describe_machine()}
     gradient_ms = remembered(folder, of_task, lambda: gradient_milliseconds(task, data))
     update = UpdateCost(**remembered(folder, of_task | identity(candidate, config.schedule), cost))
     rates: tuple[float, ...] = ()
@@ -218,7 +218,7 @@ def plan(config: Config, folder: pathlib.Path, task: Task, candidate: Candidate,
     return Plan(task, candidate, rates, other_steps, update, gradient_ms, seconds)
 
 
-def identity(candidate: Candidate, schedule: ScheduleName) -> dict[str, str]:
+def identity(candidate: Candidate, schedule: ScheduleName) -> dict[str, Any]:
     return {"optimizer": candidate.name, "version": candidate.version, "schedule": schedule}
 
 
@@ -271,7 +271,7 @@ def compete(config: Config, folder: pathlib.Path, work: Work, plan: Plan, data: 
             took = time.perf_counter() - begin
             return without_nan(result._asdict() | {"train_losses": result.train_losses.tolist()})
 
-        of_run = {"task": task.name} | identity(candidate, config.schedule)
+        of_run = {"task": task.name, "versions": describe_versions()} | identity(candidate, config.schedule)
         of_run |= {"steps": num_steps, "rate": rate, "seed": seed}
         result = with_nan(remembered(folder, of_run, compute))
         work.done((task.name, candidate.name, num_steps), num_steps * step_seconds, took)
@@ -336,7 +336,7 @@ def numbers_of_runs(seeds: Sequence[int], runs: Sequence[RunResult]) -> dict[str
     numbers: dict[str, Any] = {"diverged": sum(diverged)}
     for name, values in each.items():
         numbers[name] = float(np.mean(values))
-        numbers[f"{name}_deviation"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        numbers[f"{name}_deviation"] = deviation_of(values)
     columns = {"seed": seeds, "diverged": diverged, **each}
     numbers["seeds"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return numbers
@@ -400,9 +400,8 @@ def summarize(
 def format_table(config: Config, numbers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """How well the optimizers train, as a table in Markdown."""
 
-    def spread(of: Mapping[str, Any], name: str, style: str) -> str:
-        deviation = of[f"{name}_deviation"]
-        return format(of[name], style) + ("" if deviation is None else f" ± {deviation:{style}}")
+    def cell(of: Mapping[str, Any], name: str, style: str) -> str:
+        return with_deviation(of[name], of[f"{name}_deviation"], style)
 
     def row(task: str, title: str, of: Mapping[str, Any]) -> list[str]:
         rate = "none" if of["peak_rate"] is None else f"{of['peak_rate']:.3g}{'*' if of['at_end_of_grid'] else ''}"
@@ -411,9 +410,9 @@ def format_table(config: Config, numbers: Mapping[str, Mapping[str, Mapping[str,
             task,
             title,
             rate,
-            spread(of, "test_accuracy", ".2%"),
-            spread(of, "test_loss", ".4f"),
-            spread(of, "train_loss", ".4f"),
+            cell(of, "test_accuracy", ".2%"),
+            cell(of, "test_loss", ".4f"),
+            cell(of, "train_loss", ".4f"),
             "not reached" if steps is None else f"{steps:,}",
             "not reached" if factor is None else f"{factor:.2f}",
         ]

@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import pathlib
-import platform
 import shlex
 import sys
 import time
@@ -40,7 +39,7 @@ from matplotlib.figure import Figure
 import ngjax
 from ngjax import train, zoo
 from ngjax.files import write_atomically
-from ngjax.machine import describe_machine
+from ngjax.machine import describe_machine, describe_versions
 from ngjax.report import markdown_table, save_figure
 
 SPLITS = ("train", "validation", "test")
@@ -131,7 +130,7 @@ def main(config: Config) -> dict[str, Any]:
     run = {
         "command": shlex.join(sys.orig_argv),
         "machine": describe_machine(),
-        "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
+        "versions": describe_versions(),
         "chunk_bytes": config.chunk_bytes,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

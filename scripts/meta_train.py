@@ -44,12 +44,12 @@ from ngjax.metatrain.unroll import RunSettings, Trainer
 from ngjax.optimizers import init_meta_params
 from ngjax.optimizers.meta_file import check_made_for, load_meta_params, save_meta_params
 from ngjax.optimizers.named_rules import find_rule
-from ngjax.report import markdown_table, save_figure
+from ngjax.report import deviation_of, markdown_table, save_figure, with_deviation
 
 MAY_CHANGE = ("out", "data_dir", "save_every_seconds", "chunk", "test_steps", "test_seeds", "distributed")
 """What may differ when a run is taken up again."""
 
-LENGTHENED = "lengthened"
+SETTINGS, LENGTHENED = "settings.json", "lengthened"
 
 ADAM_RATES = (3e-4, 1e-1)
 """Between these Adam's best learning rate is looked for."""
@@ -96,8 +96,9 @@ class Config:
     """Give the one-step gradient of each run a norm of one; otherwise runs with large learning rates decide."""
     deviation: float = 0.01
     """Of the perturbations of PES."""
-    learning_rate: float = 1e-3
-    """Of the outer AdamW: its peak, after the warm-up; then a cosine down to zero."""
+    learning_rate: float | None = None
+    """Of the outer optimizer: its peak, then a cosine down to zero; by default 1e-3, after a warm-up, and 3e-4 in the
+    paper's scheme. Any scheme."""
     weight_decay: float = 0.0
     warmup_steps: int = 50
     """Outer steps."""
@@ -121,8 +122,8 @@ class Config:
 
 
 DEFAULTS = {
-    "fresh": {"outer_steps": 2000, "runs": 16, "truncation": 50},
-    "paper": {"outer_steps": 1000, "runs": 1, "truncation": 100},
+    "fresh": {"outer_steps": 2000, "runs": 16, "truncation": 50, "learning_rate": 1e-3},
+    "paper": {"outer_steps": 1000, "runs": 1, "truncation": 100, "learning_rate": 3e-4},
 }
 """Of settings that differ between the schemes."""
 
@@ -143,14 +144,17 @@ def main(config: Config) -> dict[str, Any]:
     before = None if config.start_from is None else load_meta_params(config.start_from)
     if before is not None:
         check_made_for(before, config.rule, step, str(config.start_from))
-    data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
     out = train.prepare_folder(config.out, "resume")
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    lengthened = check_settings(out, {k: v for k, v in settings.items() if k not in MAY_CHANGE})
+    fixed = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
+    lengthened = check_settings(out, fixed)
     standing = finished_results(out, config)
     if standing is not None:
         say(f"{out} holds this run, finished\n\n" + "\n".join(standing["table"]))
         return standing
+    data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
+    if jax.process_index() == 0:
+        write_json(out / SETTINGS, {**fixed, LENGTHENED: lengthened})
     run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
     rule = find_rule(config.rule, step)
     maker = LearnedOptimizer(rule, step, config.chunk)
@@ -206,10 +210,8 @@ def check_settings(out: pathlib.Path, settings: dict[str, Any]) -> list[int]:
 
     But a finished one may be lengthened. Returns the outer steps that it had been finished with, each time before.
     """
-    path = out / "settings.json"
+    path = out / SETTINGS
     if not path.exists():
-        if jax.process_index() == 0:
-            write_json(path, {**settings, LENGTHENED: []})
         return []
     found = json.loads(path.read_text())
     lengthened: list[int] = found.get(LENGTHENED, [])
@@ -225,8 +227,6 @@ def check_settings(out: pathlib.Path, settings: dict[str, Any]) -> list[int]:
             f"{out} holds a run with {name}={found.get(name)}, received {settings[name]}: choose another folder, or "
             "the settings of the run to continue it"
         )
-    if jax.process_index() == 0:
-        write_json(path, {**settings, LENGTHENED: lengthened})
     return lengthened
 
 
@@ -259,7 +259,7 @@ def make_estimator(config: Config) -> Estimator:
 
 def make_outer_optimizer(config: Config) -> optax.GradientTransformation:
     if config.scheme == "paper":
-        return paper_optimizer(config.outer_steps)
+        return paper_optimizer(config.outer_steps, config.learning_rate)
     return train.make_optimizer(
         config.learning_rate,
         weight_decay=config.weight_decay,
@@ -303,17 +303,14 @@ def numbers_of(runs: Mapping[float, Sequence[RunResult]]) -> dict[str, Any]:
     """Of the best peak rate; and of all, so that one can see how much it matters."""
     best = best_rate({rate: tuning_loss(of_rate) for rate, of_rate in runs.items()})
 
-    def spread(values: Sequence[float]) -> float | None:
-        return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
     losses = {rate: [run.test_loss for run in of_rate] for rate, of_rate in runs.items()}
     accuracies = [run.test_accuracy for run in runs[best]]
     return {
         "peak_rate": best,
         "test_loss": float(np.mean(losses[best])),
-        "test_loss_deviation": spread(losses[best]),
+        "test_loss_deviation": deviation_of(losses[best]),
         "test_accuracy": float(np.mean(accuracies)),
-        "test_accuracy_deviation": spread(accuracies),
+        "test_accuracy_deviation": deviation_of(accuracies),
         "peak_rates": list(losses),
         "test_losses": np.nan_to_num([np.mean(of_rate) for of_rate in losses.values()], nan=np.inf)
         .clip(max=1e30)
@@ -335,8 +332,7 @@ def format_table(config: Config, table: dict[str, dict[str, Any]]) -> str:
     """The results as a table in Markdown."""
 
     def cell(numbers: dict[str, Any], name: str, style: str) -> str:
-        deviation = numbers[f"{name}_deviation"]
-        return format(numbers[name], style) + ("" if deviation is None else f" ± {deviation:{style}}")
+        return with_deviation(numbers[name], numbers[f"{name}_deviation"], style)
 
     header = (f"after {config.test_steps:,} steps", "optimizer", "peak rate", "test loss", "test accuracy")
     rows = [

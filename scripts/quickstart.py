@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -39,7 +38,7 @@ import ngjax
 from ngjax import train, zoo
 from ngjax.baselines import FlatMLP, ProbeReadout, flat_statistics
 from ngjax.files import write_atomically
-from ngjax.machine import describe_machine
+from ngjax.machine import describe_machine, describe_versions
 from ngjax.report import markdown_table, save_figure
 
 SIZES = (2, 32, 32, 1)
@@ -184,7 +183,7 @@ def main(config: Config) -> dict[str, Any]:
         "test_networks": len(own.test.labels),
         "seconds": {**seconds, "total": round(time.perf_counter() - start, 1)},
         "machine": describe_machine(),
-        "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
+        "versions": describe_versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": {**dataclasses.asdict(config), "out": str(config.out)},
         "table": table.splitlines(),

@@ -18,7 +18,6 @@ import datetime
 import json
 import math
 import pathlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -35,8 +34,8 @@ from matplotlib.figure import Figure
 import ngjax
 from ngjax import train, zoo
 from ngjax.files import write_atomically
-from ngjax.machine import describe_machine
-from ngjax.report import markdown_table, save_figure
+from ngjax.machine import describe_machine, describe_versions
+from ngjax.report import deviation_of, markdown_table, save_figure, with_deviation
 
 EVALUATION_BATCH = 1000
 
@@ -324,7 +323,7 @@ def summarize(config: Config, spec: ngjax.NeuralGraphSpec, outcomes: list[Outcom
         for number in per_seed[0][name]:
             values = [numbers[name][number] for numbers in per_seed]
             mean[name][number] = float(np.mean(values))
-            deviation[name][number] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            deviation[name][number] = deviation_of(values)
     return {
         "mean": mean,
         "deviation": deviation,  # between seeds, with Bessel's correction
@@ -341,7 +340,7 @@ def summarize(config: Config, spec: ngjax.NeuralGraphSpec, outcomes: list[Outcom
         ],
         "num_params": sum(math.prod(param.shape) for param in spec.params),
         "machine": describe_machine(),
-        "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
+        "versions": describe_versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": {name: value for name, value in settings.items() if name not in ("out", "data_dir")},
         "table": format_table(mean, deviation).splitlines(),
@@ -352,8 +351,7 @@ def format_table(mean: dict[str, Any], deviation: dict[str, Any]) -> str:
     """The results as a table in Markdown."""
 
     def cell(name: str, number: str, style: str) -> str:
-        spread = deviation[name][number]
-        return format(mean[name][number], style) + ("" if spread is None else f" ± {spread:{style}}")
+        return with_deviation(mean[name][number], deviation[name][number], style)
 
     header = ("", "test loss barrier", "training loss barrier", "test accuracy half-way", "distance")
     columns = {

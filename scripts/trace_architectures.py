@@ -15,7 +15,6 @@ import datetime
 import json
 import math
 import pathlib
-import platform
 import sys
 import time
 from collections import Counter
@@ -30,7 +29,7 @@ from architectures import ARCHITECTURES, Architecture, Network
 import ngjax
 from ngjax import train
 from ngjax.files import write_atomically
-from ngjax.machine import describe_machine
+from ngjax.machine import describe_machine, describe_versions
 from ngjax.report import markdown_table
 
 TABLE_NOTES = """\
@@ -215,7 +214,7 @@ def write_results(out: pathlib.Path, config: Config, rows: list[Row], seconds: f
         "rows": [dataclasses.asdict(row) for row in rows],
         "seconds": round(seconds, 1),
         "machine": describe_machine(),
-        "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
+        "versions": describe_versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": {**dataclasses.asdict(config), "out": str(config.out), "only": list(config.only)},
     }

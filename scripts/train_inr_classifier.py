@@ -18,7 +18,6 @@ import datetime
 import functools
 import json
 import pathlib
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +40,8 @@ import ngjax
 from ngjax import train, zoo
 from ngjax.baselines import FlatMLP, ProbeReadout, flat_statistics
 from ngjax.files import write_atomically
-from ngjax.machine import describe_machine
-from ngjax.report import markdown_table, save_figure
+from ngjax.machine import describe_machine, describe_versions
+from ngjax.report import deviation_of, markdown_table, save_figure
 from ngjax.zoo.augment import AUGMENTATIONS, augment
 
 MOST_FOR_STATISTICS = 20_000  # networks; more would not change a mean in its third digit, and have to fit into memory
@@ -731,7 +730,7 @@ def summarize(config: Config, data: Data, mesh: Mesh, outcomes: list[Outcome]) -
     for name in numbers:
         values = [getattr(outcome, name) for outcome in outcomes]
         mean[name] = float(np.mean(values))
-        deviation[name] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        deviation[name] = deviation_of(values)
     confusion = np.sum([outcome.confusion for outcome in outcomes], axis=0)
     table = format_table(TITLES[type(config)], outcomes, mean, deviation)
     return {
@@ -752,7 +751,7 @@ def summarize(config: Config, data: Data, mesh: Mesh, outcomes: list[Outcome]) -
             "devices": mesh.size,
             "processes": jax.process_count(),
         },
-        "versions": {"ngjax": ngjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
+        "versions": describe_versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "table": table.splitlines(),

@@ -260,12 +260,12 @@ def _fresh(
     return _Saved(state, tuple(pool(i, trainer) for i, trainer in enumerate(trainers)), key)
 
 
-def paper_optimizer(num_steps: int) -> optax.GradientTransformation:
+def paper_optimizer(num_steps: int, peak_rate: float = 3e-4) -> optax.GradientTransformation:
     """The outer optimizer of Kofinas et al. 2024: Adam at 3e-4, along a cosine to zero, with L2 weight decay of 1e-4.
 
     The decay is added to the gradient, as `weight_decay` of PyTorch's Adam does.
     """
-    return optax.chain(optax.add_decayed_weights(1e-4), optax.adam(optax.cosine_decay_schedule(3e-4, num_steps)))
+    return optax.chain(optax.add_decayed_weights(1e-4), optax.adam(optax.cosine_decay_schedule(peak_rate, num_steps)))
 
 
 def _finish(

@@ -47,6 +47,10 @@ class LinearMap(NamedTuple):
         """Maps every vector, computing in `dtype`."""
         return linear(x.astype(dtype), self.kernel.astype(dtype)) + self.bias.astype(dtype)
 
+    def astype(self, dtype: Any) -> LinearMap:
+        """The map in this dtype."""
+        return LinearMap(*(part.astype(dtype) for part in self))
+
     def after(self, first: LinearMap | None) -> LinearMap:
         """The map that does `first`, and then this one, in a single product; `None` does nothing."""
         if first is None:
@@ -56,12 +60,14 @@ class LinearMap(NamedTuple):
 
 
 class DeclareLinearMap(nn.Module):
-    """Declares the parameters of `Dense`, with the same names and initial values, for those who join maps."""
+    """Declares the parameters of `Dense`, with the same names and initial values, for those who compute otherwise."""
 
     features: int
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, inputs: int) -> LinearMap:
         """The map of vectors with so many features."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.features), jnp.float32)
-        return LinearMap(kernel, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32))
+        kernel = self.param("kernel", self.kernel_init, (inputs, self.features), jnp.float32)
+        return LinearMap(kernel, self.param("bias", self.bias_init, (self.features,), jnp.float32))

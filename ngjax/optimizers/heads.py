@@ -4,59 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
-class Linear(NamedTuple):
-    """A linear map of the last axis."""
-
-    kernel: Float[Array, "in out"]
-    bias: Float[Array, " out"]
-
-    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        # One product with all leading axes: merged into one, those of sharded parameters would have to be gathered.
-        return x @ self.kernel + self.bias
-
-    def astype(self, dtype: Any) -> Linear:
-        return Linear(self.kernel.astype(dtype), self.bias.astype(dtype))
+from ngjax.nn.linear import DeclareLinearMap, LinearMap
 
 
-def uniform_within(bound: float) -> nn.initializers.Initializer:
-    """Uniform between `-bound` and `bound`."""
-
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
-class LinearParams(nn.Module):
-    """Declares a linear map.
-
-    Attributes:
-      inputs, outputs: widths.
-      kernel_init, bias_init: `None` for uniform within `1 / sqrt(inputs)`, as in the paper's code.
-    """
-
-    inputs: int
-    outputs: int
-    kernel_init: nn.initializers.Initializer | None = None
-    bias_init: nn.initializers.Initializer | None = None
-
-    @nn.compact
-    def __call__(self) -> Linear:
-        uniform = uniform_within(1 / math.sqrt(self.inputs))
-        kernel = self.param("kernel", self.kernel_init or uniform, (self.inputs, self.outputs), jnp.float32)
-        return Linear(kernel, self.param("bias", self.bias_init or uniform, (self.outputs,), jnp.float32))
+def map_scalars(layer: LinearMap, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+    """The map of what is known of each scalar."""
+    # One product with all leading axes: merged into one, those of sharded parameters would have to be gathered.
+    return x @ layer.kernel + layer.bias
 
 
 def update_head(
-    layers: Sequence[Linear], features: Float[Array, "*s C"], backbone: Float[Array, "... B"] | None = None
+    layers: Sequence[LinearMap], features: Float[Array, "*s C"], backbone: Float[Array, "... B"] | None = None
 ) -> Float[Array, "*s 2"]:
     """A perceptron on `[features, backbone]`.
 
@@ -75,7 +40,7 @@ def update_head(
         bias = backbone @ kernel[num_features:] + bias
     x = features @ kernel[:num_features] + bias
     for layer in layers[1:]:
-        x = layer(nn.relu(x))
+        x = map_scalars(layer, nn.relu(x))
     return x
 
 
@@ -143,7 +108,6 @@ class UpdateHead(nn.Module):
             return function(features, backbone)
         return in_chunks(function, self.chunk, features, backbone)
 
-    def _declare(self, number: int, inputs: int, outputs: int) -> Linear:
-        zeros = nn.initializers.zeros
-        kernel_init = zeros if number == self.num_hidden else nn.initializers.he_normal()
-        return LinearParams(inputs, outputs, kernel_init, zeros, name=f"dense_{number}")()
+    def _declare(self, number: int, inputs: int, outputs: int) -> LinearMap:
+        kernel_init = nn.initializers.zeros if number == self.num_hidden else nn.initializers.he_normal()
+        return DeclareLinearMap(outputs, kernel_init, name=f"dense_{number}")(inputs)

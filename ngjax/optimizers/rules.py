@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ngjax.nn.linear import DeclareLinearMap, LinearMap
 from ngjax.optimizers.features import NORMALIZED_FEATURES, SCALAR_FEATURES, FeatureSet
-from ngjax.optimizers.heads import Linear, LinearParams, UpdateHead, in_chunks, uniform_within
+from ngjax.optimizers.heads import UpdateHead, in_chunks, map_scalars
 
 
 class FFRule(nn.Module):
@@ -41,6 +42,15 @@ class FFRule(nn.Module):
         """`[*shape, C]` to `[*shape, 2]` for every tensor."""
         head = UpdateHead(self.width, self.num_hidden, self.dtype, self.chunk, name="head")
         return tuple(head(f) for f in features)
+
+
+def uniform_within(bound: float) -> nn.initializers.Initializer:
+    """Uniform between `-bound` and `bound`."""
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 class LSTMCell(NamedTuple):
@@ -84,12 +94,18 @@ def lstm_over(cell: LSTMCell, inputs: Float[Array, "T in"]) -> Float[Array, "T h
     return jax.lax.scan(step, (zero, zero), inputs @ cell.input_kernel + cell.bias)[1]
 
 
-def tensor_summary(first: Linear, second: Linear, features: Float[Array, "*s 14"]) -> Float[Array, " h"]:
+def declare_linear_map(name: str, inputs: int, outputs: int) -> LinearMap:
+    """Declares a linear map; all of it starts uniform within `1 / sqrt(inputs)`, as in PyTorch."""
+    init = uniform_within(1 / math.sqrt(inputs))
+    return DeclareLinearMap(outputs, init, init, name=name)(inputs)
+
+
+def tensor_summary(first: LinearMap, second: LinearMap, features: Float[Array, "*s 14"]) -> Float[Array, " h"]:
     """The mean over the scalars of a tensor of `second(relu(first(features)))`; of none, `second(0)`."""
-    hidden = nn.relu(first(features)).astype(second.kernel.dtype)
+    hidden = nn.relu(map_scalars(first, features)).astype(second.kernel.dtype)
     # The second map is linear, so the mean may come before it, which leaves one vector to map.
     scalars = tuple(range(hidden.ndim - 1))
-    return second(jnp.sum(hidden, axis=scalars) / max(1, math.prod(hidden.shape[:-1])))
+    return map_scalars(second, jnp.sum(hidden, axis=scalars) / max(1, math.prod(hidden.shape[:-1])))
 
 
 class LSTMRule(nn.Module):
@@ -115,8 +131,8 @@ class LSTMRule(nn.Module):
     @nn.compact
     def __call__(self, features: Sequence[Float[Array, "..."]]) -> tuple[Float[Array, "..."], ...]:
         """`[*shape, 14]` to `[*shape, 2]` for every tensor, in the order of the recurrence."""
-        first = LinearParams(self.reads.size, self.width, name="summary_0")()
-        second = LinearParams(self.width, self.width, name="summary_1")()
+        first = declare_linear_map("summary_0", self.reads.size, self.width)
+        second = declare_linear_map("summary_1", self.width, self.width)
         cell = declare_lstm(self, self.width, self.width)
         summaries = [tensor_summary(first.astype(self.dtype), second, f.astype(self.dtype)) for f in features]
         states = lstm_over(cell, jnp.stack(summaries))

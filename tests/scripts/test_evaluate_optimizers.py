@@ -201,6 +201,31 @@ def test_what_is_there_is_not_computed_again(script, run, monkeypatch):
     assert [seed for _, seed in calls] == [1]
 
 
+def test_runs_are_remembered_for_the_versions_and_times_for_the_machine_they_are_of(script, tmp_path, monkeypatch):
+    calls = {"run": 0, "cost": 0}
+
+    def one(trainer, theta, data, **_):
+        calls["run"] += 1
+        return RunResult(2.5, np.ones(STEPS, np.float32), 1.0, 0.5)
+
+    def cost(trainer, theta, data):
+        calls["cost"] += 1
+        return script.UpdateCost(0.1, 8, None)
+
+    monkeypatch.setattr(script, "run_once", one)
+    monkeypatch.setattr(script, "update_cost", cost)
+    of = config(script, tmp_path, seeds=(0,), rates=(1e-2,))
+    for module_function, told, expected in (
+        (None, None, (1, 1)),
+        ("describe_machine", {"processor": "another"}, (1, 2)),
+        ("describe_versions", {"ngjax": "another"}, (2, 3)),
+    ):
+        if module_function is not None:
+            monkeypatch.setattr(script, module_function, lambda told=told: told)
+        script.main(of)
+        assert (calls["run"], calls["cost"]) == expected
+
+
 def test_learned_optimizers_in_the_papers_form_are_not_tuned_but_run_for_long(script, tmp_path, monkeypatch):
     theta = jax.device_get(init_meta_params(jax.random.key(1), "ff"))
     save_meta_params(tmp_path / "ff.safetensors", theta, {"rule": "ff", "step": "paper"})

@@ -86,8 +86,9 @@ def test_the_meta_parameters_make_an_optimizer_and_say_where_they_come_from(run)
     assert all(0 < size < 0.1 for size in jax.tree.leaves(moved))
 
 
-def test_the_same_command_again_changes_nothing(script, run):
+def test_the_same_command_again_changes_nothing_and_needs_no_data(script, run, monkeypatch):
     _, out = run
+    monkeypatch.setattr(script, "load_task_data", no_data)
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
     for changes in ({}, {"test_steps": 0}):
         results = script.main(config(script, out, **changes))
@@ -134,10 +135,18 @@ def test_a_finished_run_can_be_lengthened(script, tmp_path):
         run(5)
 
 
-def test_a_run_is_not_lengthened_by_settings_that_cannot_be(script, tmp_path):
+def no_data(name, **_):
+    raise OSError(f"no such data: {name}")
+
+
+def test_a_run_is_not_lengthened_by_settings_that_cannot_be(script, tmp_path, monkeypatch):
     script.main(config(script, tmp_path, test_steps=0))
     with pytest.raises(FileNotFoundError):
         script.main(config(script, tmp_path, test_steps=0, outer_steps=5, start_from=tmp_path / "none"))
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "load_task_data", no_data)
+        with pytest.raises(OSError, match="no such data"):
+            script.main(config(script, tmp_path, test_steps=0, outer_steps=5))
     assert script.main(config(script, tmp_path, test_steps=0))["lengthened"] == []
 
 
@@ -158,11 +167,19 @@ def test_other_schemes_and_estimators(script, tmp_path, changes):
 
 def test_defaults_are_those_of_the_scheme(script, tmp_path):
     paper = script.with_defaults(script.Config(tmp_path, ("digits-mlp-4-relu",), scheme="paper"))
-    assert (paper.outer_steps, paper.runs, paper.truncation) == (1000, 1, 100)
+    assert (paper.outer_steps, paper.runs, paper.truncation, paper.learning_rate) == (1000, 1, 100, 3e-4)
     assert script.with_defaults(script.Config(tmp_path, ("digits-mlp-4-relu",), runs=3)).runs == 3
-    optimizer, estimator = script.make_outer_optimizer(paper), script.make_estimator(paper)
-    assert estimator.inner_steps == 100
-    assert optimizer.init({"a": np.zeros(1, np.float32)}) is not None
+    assert script.make_estimator(paper).inner_steps == 100
+
+
+@pytest.mark.parametrize("scheme", ["fresh", "paper"])
+def test_the_outer_learning_rate_is_the_one_given(script, tmp_path, scheme):
+    settings = script.Config(tmp_path, (), scheme=scheme, learning_rate=0.125, warmup_steps=0)
+    optimizer = script.make_outer_optimizer(script.with_defaults(settings))
+    theta = {"a": np.ones(1, np.float32)}
+    with jax.numpy_dtype_promotion("standard"):  # schedules of optax mix dtypes
+        updates, _ = optimizer.update({"a": np.full(1, 0.5, np.float32)}, optimizer.init(theta), theta)
+    np.testing.assert_allclose(updates["a"], -0.125, rtol=1e-5)  # the first step of Adam is as long as its rate
 
 
 def test_settings_that_cannot_be_are_refused(script, tmp_path):

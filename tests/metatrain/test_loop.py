@@ -8,7 +8,8 @@ from ngjax import train
 from ngjax.metatrain.estimators import PES, OneStep, PaperScheme
 from ngjax.metatrain.loop import meta_train, paper_optimizer
 from ngjax.metatrain.unroll import RunSettings, Trainer
-from tests.metatrain import quadratic
+from tests.metatrain import one_of_two, quadratic
+from tests.two_processes import run_two
 
 SETTINGS = RunSettings((6, 12), (0.1, 1.0), scale_spread=2.0)
 OPTIMIZER = optax.adam(0.05)  # one object, so that its programs are compiled once
@@ -84,6 +85,20 @@ def test_devices_share_the_runs_and_change_nothing(whole):
     many = run(9, devices=8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), many.theta, whole[0].theta)
     for row, other in zip(numbers(many.history), numbers(whole[0].history), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_two_processes_share_the_runs_and_end_as_one(whole, tmp_path):
+    errors = run_two(one_of_two.__file__, tmp_path)
+    assert ["step 9/9" in error for error in errors] == [True, False]
+    for index in range(2):
+        with np.load(tmp_path / f"final-{index}.npz") as final:
+            np.testing.assert_array_equal(final["steps"], range(1, 10))
+            for name, leaf in whole[0].theta.items():
+                np.testing.assert_allclose(final[name], leaf, rtol=1e-5)
+    for row, other in zip(
+        numbers(train.read_metrics(tmp_path / "metrics.jsonl")), numbers(whole[0].history), strict=True
+    ):
         assert row == pytest.approx(other, rel=1e-4)
 
 

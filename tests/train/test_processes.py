@@ -1,42 +1,14 @@
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import jax
 import numpy as np
-import pytest
 
 from ngjax import train
 from tests.train import one_of_two, small_run
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.two_processes import run_two
 
 
 def test_two_processes_end_as_one(tmp_path):
     """Each reads its half of every batch; both take part in saving, and one writes the metrics."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, one_of_two.__file__, str(port), str(index), str(tmp_path)],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            },
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    errors = [process.communicate()[1] for process in processes]
-    if any(process.returncode for process in processes):
-        pytest.fail("\n".join(errors))
+    errors = run_two(one_of_two.__file__, tmp_path)
     assert ["step 10/10" in error for error in errors] == [True, False]
 
     alone = train.fit(**small_run.arguments(num_steps=10)).state.params

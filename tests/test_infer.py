@@ -720,6 +720,7 @@ def layers(kernel="kernel", bias=True, /, **shapes):
         ([shape(3, 4), shape(4), shape(4, 2), shape(2)], r"leaf 2 \(4, 2\) is not"),
         ({"W0": shape(3, 3, 1, 4), "b0": shape(4)}, r"leaf W0 \(3, 3, 1, 4\) is not"),
         (shape(3, 4), r"leaf <root> \(3, 4\) is not"),
+        (layers(c_0=(3, 3, 4, 4), d_0=(4, 8)), r"whether c_0/kernel.*feeds d_0/kernel.*or d_0/kernel.*feeds c_0/ker"),
     ],
 )
 def test_infer_spec_refuses_what_it_cannot_know(params, message):
@@ -749,3 +750,9 @@ def test_infer_spec_follows_the_only_order_quickly_where_there_are_many_names():
     assert [group.name.split("/")[0] for group in infer_spec(params).edge_groups] == names
     with pytest.raises(ValueError, match="names do not tell"):
         infer_spec(plain_params(names, [(4, 4)] * 20))
+
+
+def test_names_of_modules_in_modules_are_in_natural_order():
+    ends = {"block": (3, 4), "block1": (4, 5), "block2": (5, 2)}
+    params = {name: {"dense": {"kernel": shape(*of)}} for name, of in ends.items()}
+    assert [group.name.split("/")[0] for group in infer_spec(params).edge_groups] == [*ends]

@@ -273,3 +273,11 @@ def test_calls_are_repeated_for_a_time_and_within_bounds():
     counter = Counter()
     median_milliseconds(counter, seconds=100.0, most=7, least=1)
     assert counter.calls == 2 + 7
+
+
+def test_versions_tell_rules_names_and_shapes_apart():
+    theta, facts = {"a": np.ones(2, np.float32), "b": np.zeros(2, np.float32)}, {"rule": "ff", "step": "paper"}
+    version = fingerprint(MetaFile(theta, facts))
+    assert fingerprint(MetaFile(theta, {**facts, "rule": "lstm"})) != version
+    assert fingerprint(MetaFile({"a": theta["a"], "c": theta["b"]}, facts)) != version
+    assert fingerprint(MetaFile({**theta, "b": theta["b"].reshape(1, 2)}, facts)) != version

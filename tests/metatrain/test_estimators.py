@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 
@@ -7,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from ngjax.metatrain.estimators import PES, OneStep, PaperScheme, Stream, epoch_rows_from, fresh_pair
+from ngjax.metatrain.estimators import PES, OneStep, PaperScheme, Stream, epoch_rows_from, fresh_pair, run_metrics
 from ngjax.metatrain.tasks import Batch
-from ngjax.metatrain.unroll import RunSettings, Trainer, meta_loss, start_run, unroll
+from ngjax.metatrain.unroll import LARGEST_LOSS, RunSettings, Trainer, meta_loss, start_run, unroll
 from tests.metatrain import quadratic
 
 TRAINER = Trainer(quadratic.TASK, quadratic.momentum, RunSettings((6, 12), (0.1, 1.0), scale_spread=1.0))
@@ -165,3 +166,45 @@ def test_passes_over_the_data_go_on():
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="batch_size: expected 1 to 3, the number of rows; received 5"):
         epoch_rows_from(Stream(jax.random.key(0), jnp.int32(0)), 3, 5, 1)
+
+
+def test_a_pair_of_which_one_has_diverged_starts_anew():
+    estimator, theta = PES(6, 0.1), quadratic.theta()
+    member = estimator.start(TRAINER, theta, jax.random.key(0), DATA)
+    runs = jax.vmap(lambda _: long_run(theta))(jnp.arange(2))
+    lost = runs._replace(loss=jnp.array([jnp.nan, 1.0]), count=jnp.array([18, 18]))
+    estimate = jax.jit(functools.partial(estimator.estimate, TRAINER))
+    member = estimate(theta, member._replace(runs=lost), jax.random.key(1), DATA).member
+    assert member.runs.count.tolist() == [6, 6]
+
+
+def test_a_run_that_teaches_nothing_has_a_gradient_of_zero():
+    trainer = dataclasses.replace(TRAINER, make_optimizer=lambda theta, *_: optax.sgd(0.1))
+    theta = quadratic.theta()
+    run = start_run(trainer, theta, jax.random.key(1), DATA)
+    gradient = OneStep(6).estimate(trainer, theta, run, jax.random.key(0), DATA).gradient
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))  # and no NaN
+
+
+def test_gradients_of_runs_may_keep_their_norms():
+    theta = quadratic.theta()
+    of_runs = [
+        OneStep(6, equal_runs=equal).estimate(TRAINER, theta, long_run(theta), jax.random.key(0), DATA).gradient
+        for equal in (True, False)
+    ]
+    norm = optax.tree.norm(of_runs[1])
+    assert abs(norm - 1) > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a * norm, b, rtol=1e-5), *of_runs)
+
+
+def test_runs_above_the_largest_loss_or_at_no_number_have_diverged():
+    losses = jnp.array([[1.0, 1.0], [1.0, jnp.nan], [1.0, jnp.inf], [1.0, 2 * LARGEST_LOSS]])
+    assert run_metrics(losses)["diverged"] == 0.75
+
+
+@pytest.mark.parametrize("estimator", [OneStep(truncation=4), PES(truncation=4)])
+@pytest.mark.parametrize("horizons", [(8, 6), (6, 8)])
+def test_any_horizon_that_ends_within_a_truncation_is_refused(estimator, horizons):
+    trainer = dataclasses.replace(TRAINER, settings=RunSettings(horizons))
+    with pytest.raises(ValueError, match="expected multiples of truncation=4"):
+        estimator.start(trainer, quadratic.theta(), jax.random.key(0), DATA)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,18 @@ def test_bad_arguments(whole, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(FloatingPointError, match="loss of outer step 1 is nan"):
         run(3, estimator=PaperScheme(60), theta=quadratic.theta(8.0), trainers=FAMILY[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class NoGradient(OneStep):
+    def estimate(self, *arguments):
+        estimate = super().estimate(*arguments)
+        return estimate._replace(gradient=jax.tree.map(lambda leaf: leaf * jnp.nan, estimate.gradient))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run():
+    with pytest.raises(FloatingPointError, match="grad_norm of outer step 1 is nan"):
+        run(3, estimator=NoGradient(truncation=6))
 
 
 def test_the_papers_optimizer_is_adam_with_coupled_decay_along_a_cosine():

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from ngjax.metatrain.optimizers import LearnedOptimizer
-from ngjax.metatrain.tasks import rescale, sample_batch
+from ngjax.metatrain.tasks import find_task, rescale, sample_batch
 from ngjax.metatrain.unroll import (
     LARGEST_LOSS,
     LOSS_FLOOR,
@@ -25,6 +25,7 @@ from ngjax.metatrain.unroll import (
 )
 from ngjax.optimizers import FFRule, init_meta_params
 from tests.metatrain import quadratic
+from tests.optimizers.small import RULES, assert_close, meta_params, normal, run
 
 TRAINER = Trainer(quadratic.TASK, quadratic.scheduled, RunSettings((6, 12), (0.1, 1.0)))
 
@@ -169,3 +170,27 @@ def test_of_a_run_that_diverges_the_steps_before_count():
     assert np.any(np.array(jax.tree.leaves(of_first)) != 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(40 * a, 3 * b, rtol=1e-5), gradient, of_first)
     assert is_over(run)
+
+
+@pytest.mark.parametrize("step", ["normalized", "paper"])
+def test_the_rate_of_a_run_plays_a_part_in_normalized_steps_alone(step):
+    def update(rate):
+        make = LearnedOptimizer(RULES["ff"], step)
+        optimizer = make(meta_params("ff"), quadratic.TASK, lambda count: rate * jnp.ones_like(count, jnp.float32))
+        return run(optimizer, normal(0), [normal(1)])[0]
+
+    factor = np.float32(0.5 if step == "normalized" else 1)
+    assert_close(update(0.5), jax.tree.map(lambda leaf: factor * leaf, update(1.0)))
+
+
+def test_graphs_are_those_of_the_task():
+    optimizer = LearnedOptimizer(RULES["ng-gnn"])(
+        meta_params("ng-gnn"), find_task("digits-mlp-4-relu"), lambda count: 0.1
+    )
+    with pytest.raises(ValueError, match=r"layer_0/bias: the spec expects shape \(4,\), received \(8,\)"):
+        optimizer.init(normal(0))
+
+
+def test_chunks_are_passed_on():
+    with pytest.raises(ValueError, match="chunk: expected a number of scalars of at least 1, received 0"):
+        LearnedOptimizer(RULES["ff"], chunk=0)(meta_params("ff"), quadratic.TASK, lambda count: 0.1)

@@ -9,7 +9,9 @@ import pytest
 
 import ngjax
 from ngjax.nn import NGGNN
+from ngjax.nn import gnn as module
 from ngjax.nn.gnn import aggregate
+from ngjax.nn.linear import LinearMap
 from ngjax.nn.topology import BlockTopology, ListTopology
 from tests.nn.small import ENCODER, gnn, jit, one, siren_spec, sirens, variables_of
 
@@ -155,3 +157,35 @@ def test_other_architectures_and_batch_axes_are_refused():
         "statistics are for 2 layers, but the network has 3",
         lambda: gnn(encoder=shallow).init(jax.random.key(0), groups, spec=SPEC),
     )
+
+
+def test_joined_maps_are_one_after_the_other():
+    rng = np.random.default_rng(0)
+    first, second = (
+        LinearMap(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes))
+        for shapes in (((3, 4), (4,)), ((4, 5), (5,)))
+    )
+    x = jnp.asarray(rng.standard_normal((2, 3)), jnp.float32)
+    expected = second(first(x, jnp.float32), jnp.float32)
+    np.testing.assert_allclose(second.after(first)(x, jnp.float32), expected, rtol=1e-4, atol=1e-5)
+    assert second.after(None) is second
+
+
+def test_sums_over_messages_and_nodes_are_in_float32(monkeypatch):
+    seen, graph_norm = [], module.graph_norm
+
+    def seeing_aggregate(topology, messages, degree):
+        seen.extend(message.dtype for message in messages)
+        return aggregate(topology, messages, degree)
+
+    def seeing_norm(topology, nodes, scope):
+        seen.append(nodes.dtype)
+        return graph_norm(topology, nodes, scope)
+
+    monkeypatch.setattr(module, "aggregate", seeing_aggregate)
+    monkeypatch.setattr(module, "graph_norm", seeing_norm)
+    groups = ngjax.to_groups(SPEC, one(sirens(SIZES, 1), 0))
+    model = NGGNN(features=4, num_layers=2, dtype=jnp.bfloat16)
+    jax.eval_shape(lambda: model.init(jax.random.key(0), groups, spec=SPEC))
+    assert len(seen) > 2
+    assert set(seen) == {jnp.dtype("float32")}

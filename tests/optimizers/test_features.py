@@ -102,3 +102,23 @@ def test_normalized_features_and_their_derivatives_are_finite_and_bounded(shape)
         assert np.all(np.isfinite(slopes))
         assert np.all(np.abs(result) <= features.LARGEST_NORMALIZED)
         assert size > 0 or np.all(result == 0)
+
+
+def test_what_had_a_gradient_is_known_while_any_momentum_remembers():
+    for number in range(5):
+        momenta = [jnp.array([1e-30 * (k == number), 0], jnp.float32) for k in range(5)]
+        assert features.had_gradient(momenta).tolist() == [True, False]
+
+
+def test_no_normalized_feature_is_above_ten():
+    x = np.zeros(200, np.float32)
+    x[0] = 1  # fourteen times the root mean square
+    assert np.max(normalized(x, 6 * [x])) == 10
+
+
+def test_rows_of_small_numbers_are_brought_to_the_size_of_others():
+    value, moving = numbers((3, 4))
+    moving[0][1:] *= np.float32(1e-2)
+    squares = np.mean(moving[0] ** 2, axis=1, keepdims=True) * np.mean(moving[0] ** 2, axis=0) / np.mean(moving[0] ** 2)
+    expected = np.clip(moving[0] / np.sqrt(squares), -10, 10)
+    np.testing.assert_allclose(normalized(value, moving)[..., 13], expected, rtol=1e-4)

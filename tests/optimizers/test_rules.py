@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ngjax.optimizers import CoordinatewiseLSTMRule, GraphRule, heads, init_meta_params, ng_learned_opt, rules, steps
+from ngjax.optimizers.named_rules import computing
 from ngjax.optimizers.parts import list_spec
 from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run
 
@@ -150,3 +151,16 @@ def test_a_deep_head_tells_scalars_apart_from_the_start():
     total = head.apply({"params": params}, features)[:, 0]  # of the last hidden layer
     assert np.std(total) / np.abs(np.mean(total)) > 0.2
     assert np.std(total) > 1  # without biases, what has all but vanished still varies
+
+
+@pytest.mark.parametrize("name", ["ng-gnn", "ng-t", "nfn"])
+def test_backbones_compute_in_the_dtype_too(name):
+    rule = computing(RULES[name], jnp.bfloat16, 5)
+    assert (rule.dtype, rule.backbone.dtype, rule.chunk) == (jnp.bfloat16, jnp.bfloat16, 5)
+
+
+def test_the_recurrence_is_in_float32(monkeypatch):
+    seen, over = [], rules.lstm_over
+    monkeypatch.setattr(rules, "lstm_over", lambda cell, x: seen.append((cell.bias.dtype, x.dtype)) or over(cell, x))
+    RULES["lstm"].clone(dtype=jnp.bfloat16).apply({"params": meta_params("lstm")}, [jnp.ones((3, 14))])
+    assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("float32"))}

@@ -1,20 +1,13 @@
 """What `ng_learned_opt` does with the numbers of a rule: forms of the step, learning rate, decay, clipping, dtype."""
 
-import contextlib
-import importlib.resources
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
-import ngjax
-from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, shipped, steps
-from ngjax.optimizers.named_rules import ng_gnn_rule
-from ngjax.optimizers.parts import inferred_spec
-from tests.optimizers.small import RULES, SPEC, assert_close, drawn_meta_params, meta_params, normal, run
+from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, steps
+from tests.optimizers.small import RULES, SPEC, assert_close, meta_params, normal, run
 
 PARAMS = normal(0)
 GRADIENTS = [normal(1 + t) for t in range(3)]
@@ -73,7 +66,8 @@ def test_a_normalized_step_adds_the_learned_direction_to_momentum():
 
 
 @pytest.mark.parametrize(
-    ("shape", "scale"), [((6, 4), 1), ((4, 6), 1e30), ((3, 3, 7, 5), 1), ((2, 4, 8), 1e-30), ((5, 5), 1)]
+    ("shape", "scale"),
+    [((6, 4), 1), ((4, 6), 1e30), ((3, 3, 7, 5), 1), ((2, 4, 8), 1e-30), ((5, 5), 1), ((4, 4, 3), 1)],
 )
 def test_matrices_are_orthogonalized(shape, scale):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -125,6 +119,24 @@ def test_scalars_without_any_gradient_stay_where_they_are(name):
     np.testing.assert_allclose(np.sqrt(np.mean(found["kernel"][:, 0] ** 2, axis=1)), size, rtol=1e-5)
 
 
+def test_scalars_without_any_gradient_count_nowhere():
+    rng, shape = np.random.default_rng(0), (4, 3)
+    moving = np.arange(12).reshape(shape) % 5 != 0
+    head = rng.standard_normal((*shape, 2)).astype(np.float32)
+    gradient = np.where(moving, rng.standard_normal(shape), 0).astype(np.float32)
+    nominal = 1.9 * gradient / np.sqrt(np.mean((1.9 * gradient)[moving] ** 2))
+    direction = np.where(moving, 0.1 * head[..., 0] * np.exp(0.01 * head[..., 1]) - nominal, 0)
+    expected = np.where(moving, steps.orthogonalized(jnp.asarray(direction, jnp.float32)), 0)
+    expected *= steps.step_size(shape) / np.sqrt(np.mean(expected[moving] ** 2))
+    found = steps.normalized_step(jnp.asarray(head), jnp.asarray(gradient), [jnp.asarray(gradient)] * 5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("step", "rate"), [("normalized", 0.01), ("paper", 1.0)])
+def test_the_learning_rate_where_none_is_given(step, rate):
+    assert_close(updates(step=step), updates(step=step, learning_rate=rate), tolerance=0)
+
+
 def test_learning_rates_may_be_schedules_of_the_steps_taken():
     fixed, falling = updates(learning_rate=1.0), updates(learning_rate=optax.linear_schedule(1.0, 0.0, 4))
     factors = 1 - np.arange(3) / 4
@@ -157,6 +169,29 @@ def test_weight_decay_may_be_of_some_leaves_only(is_function):
     kernel = masked["layer_0"].pop("kernel")
     assert_close(kernel, decayed["layer_0"].pop("kernel"), tolerance=0)
     assert_close(masked, {"layer_0": {"bias": plain["layer_0"]["bias"]}, "layer_1": plain["layer_1"]}, tolerance=0)
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_one_array_has_a_mask_of_one_boolean(decays):
+    kernels = [tree["layer_0"]["kernel"] for tree in (PARAMS, GRADIENTS[0])]
+
+    def update(**options):
+        return run(ng_learned_opt(RULES["ff"], meta_params=meta_params("ff"), **options), kernels[0], kernels[1:])[0]
+
+    found = update(weight_decay=0.1, weight_decay_mask=decays)
+    np.testing.assert_array_equal(found, update(weight_decay=0.1 if decays else 0.0))
+
+
+def test_masks_may_be_of_numpy():
+    mask = {"layer_0": {"kernel": np.True_, "bias": np.False_}, "layer_1": np.False_}
+    plain = {"layer_0": {"kernel": True, "bias": False}, "layer_1": False}
+    found, expected = (updates(weight_decay=0.1, weight_decay_mask=m) for m in (mask, plain))
+    assert_close(found, expected, tolerance=0)
+
+
+def test_a_tree_without_leaves_may_have_a_mask():
+    optimizer = ng_learned_opt(RULES["ff"], meta_params=meta_params("ff"), weight_decay=0.1, weight_decay_mask={})
+    assert optimizer.update({}, optimizer.init({}), {})[0] == {}
 
 
 def test_a_function_of_the_mask_gets_the_parameters():
@@ -196,6 +231,33 @@ def test_clipping_bounds_every_number_before_the_learning_rate():
     clipped, plain = updates(clip=0.5, learning_rate=2.0), updates(learning_rate=2.0)
     assert any(np.max(np.abs(leaf)) > 1 for leaf in jax.tree.leaves(plain))
     assert_close(clipped, jax.tree.map(lambda leaf: np.clip(leaf, -1, 1), plain))
+
+
+def test_clipping_leaves_weight_decay_as_it_is():
+    options = {"clip": 0.5, "learning_rate": 2.0}
+    decayed, plain = updates(weight_decay=3.0, **options), updates(**options)
+    assert_close(decayed, jax.tree.map(lambda u, p: u - np.float32(6) * p, plain, PARAMS))
+
+
+def cast(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def test_weight_decay_of_bfloat16_is_rounded_once():
+    optimizer = ng_learned_opt(RULES["ff"], meta_params=meta_params("ff"), learning_rate=0.3, weight_decay=0.1)
+    params, nothing = cast(PARAMS, jnp.bfloat16), [scaled(PARAMS, 0)]
+    expected = cast(run(optimizer, cast(params, jnp.float32), nothing)[0], jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, run(optimizer, params, nothing)[0], expected)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_meta_parameters_of_less_precision_are_computed_with_in_float32(name):
+    rough = cast(meta_params(name), jnp.bfloat16)
+    found, expected = (
+        run(ng_learned_opt(RULES[name], meta_params=theta, spec=SPEC), PARAMS, GRADIENTS[:1])[0]
+        for theta in (rough, cast(rough, jnp.float32))
+    )
+    assert_close(found, expected, tolerance=0)
 
 
 @pytest.mark.parametrize("name", ["ff", "lstm", "ng-gnn", "ng-t", "coordinatewise-lstm"])
@@ -240,6 +302,15 @@ def test_scalars_of_a_kernel_stay_together_in_a_chunk():
     assert seen[0] == ((9, 4), (1, 5))
 
 
+@pytest.mark.parametrize(("shape", "kernel"), [((40, 3), 1), ((10, 4, 3), 4)])
+def test_chunks_have_so_many_scalars_and_are_computed_again_for_the_derivative(shape, kernel):
+    x, backbone = jnp.ones(shape), jnp.ones((10, 1, 5) if kernel > 1 else 5)
+    jaxpr = jax.make_jaxpr(lambda x: heads.in_chunks(lambda f, _: f[..., :2], 8, x, backbone))(x)
+    (scan,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+    assert scan.params["length"] == 40 // 8
+    assert any(name in str(scan) for name in ("checkpoint", "remat"))  # by the version of jax
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -256,159 +327,3 @@ def test_scalars_of_a_kernel_stay_together_in_a_chunk():
 def test_bad_options(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         ng_learned_opt(RULES["ff"], meta_params=meta_params("ff"), **options)
-
-
-# -- graphs ------------------------------------------------------------------------------------------------------------
-
-
-def test_without_a_spec_the_graph_is_inferred():
-    optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"), spec=SPEC)
-    assert_close(run(optimizer, PARAMS, GRADIENTS)[0], updates("ng-gnn"))
-
-
-@pytest.mark.parametrize("name", ["ng-gnn", "lstm"])
-def test_a_spec_of_all_variables_is_one_of_the_params_of_linen(name):
-    def apply(variables, x):
-        statistics, layers = variables["batch_stats"], [variables["params"][f"layer_{i}"] for i in range(2)]
-        x = jax.nn.relu(x @ layers[0]["kernel"] + layers[0]["bias"] - statistics["mean"])
-        return x @ layers[1]["kernel"] + layers[1]["bias"]
-
-    variables = {"params": PARAMS, "batch_stats": {"mean": np.zeros(8, np.float32)}}
-    spec = ngjax.trace_spec(apply, variables, np.ones((1, 4), np.float32))
-    optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), spec=spec)
-    expected, _ = run(optimizer, {"params": PARAMS}, [{"params": gradient} for gradient in GRADIENTS[:1]])
-    assert_close(updates(name, GRADIENTS[:1], spec=spec), expected["params"])
-
-
-def test_what_has_no_graph_is_updated_one_by_one_with_one_warning():
-    inferred_spec.cache_clear()
-    optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"))
-    strange = {"temperature": np.ones(3, np.float32), "table": np.ones((4, 2, 5), np.float32)}
-    with pytest.warns(UserWarning, match=r"43 parameters .*spec=ngjax.trace_spec"):
-        state = optimizer.init(strange)
-    found, _ = optimizer.update(strange, state, strange)  # where a warning would be an error
-    assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(found))
-
-
-FORMS = {
-    # The name of a matrix, and a pytree of matrices and biases.
-    "Dense_{}/kernel": lambda layers: {f"Dense_{i}": {"kernel": w, "bias": b} for i, (w, b) in enumerate(layers)},
-    "{}/0": lambda layers: [(w, b) for w, b in layers],
-    "{}/W": lambda layers: [{"W": w, "b": b} for w, b in layers],
-    "W{}": lambda layers: {f"{name}{i}": x for i, (w, b) in enumerate(layers) for name, x in (("W", w), ("b", b))},
-}
-
-
-def three_layers():
-    return [[np.ones(shape, np.float32), np.ones(shape[1], np.float32)] for shape in ((5, 4), (4, 4), (4, 3))]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_graph_of_plain_pytrees_is_inferred(form):
-    inferred_spec.cache_clear()
-    layers = FORMS[form](three_layers())
-    # Where none could be, a warning would be an error.
-    ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn")).init(layers)
-    assert inferred_spec.cache_info().misses == 1
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("missing", [optax.MaskedNode(), None])
-@pytest.mark.parametrize(("number", "is_gap"), [(0, False), (1, True), (2, False)])
-def test_no_graph_is_inferred_over_a_gap(number, is_gap, missing, form):
-    inferred_spec.cache_clear()
-    layers = three_layers()
-    layers[number] = [missing, missing]
-    optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"))
-    match = f"{form.format(number)} is masked or None, and there are parameters before and behind"
-    with pytest.warns(UserWarning, match=match) if is_gap else contextlib.nullcontext():
-        optimizer.init(FORMS[form](layers))
-
-
-def test_the_value_of_nnx_variables_may_be_shown_or_hidden():
-    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    x = np.ones((5, 3), np.float32)
-    spec = ngjax.trace_spec(lambda params, x: nnx.merge(graph, params, rest)(x), params, x)
-    learned = {"meta_params": meta_params("ng-gnn"), "learning_rate": 0.1}
-    before, after = jax.tree.leaves(params), []
-    for options in ({"spec": spec}, {}):
-        trained = nnx.clone(model)
-        optimizer = nnx.Optimizer(trained, ng_learned_opt(RULES["ng-gnn"], **options, **learned), wrt=nnx.Param)
-        optimizer.update(trained, nnx.grad(lambda model: jnp.mean(model(x) ** 2))(trained))
-        after.append(jax.tree.leaves(nnx.state(trained, nnx.Param)))
-    for found, inferred, start in zip(*after, before, strict=True):
-        assert np.any(found != start)
-        np.testing.assert_allclose(found, inferred, rtol=1e-5)
-
-
-def test_the_graph_tells_scalars_with_the_same_features_apart():
-    # All weights of the first layer have the same features, but one neuron's next weights have another gradient.
-    params = jax.tree.map(np.ones_like, PARAMS)
-    gradient = jax.tree.map(np.copy, params)
-    gradient["layer_1"]["kernel"][0] = 5.0
-    for name, rule in {"ff": RULES["ff"], "ng-gnn": ng_gnn_rule(8, num_layers=2, num_hidden=1)}.items():
-        # The paper's step, as orthogonalizing makes rounding as large as what this is about.
-        theta = drawn_meta_params(rule)
-        optimizer = ng_learned_opt(rule, meta_params=theta, spec=SPEC, step="paper")
-        first, second, *_ = run(optimizer, params, [gradient])[0]["layer_0"]["kernel"][0, 0]
-        assert (abs(first - second) > 1e-6) == (name == "ng-gnn")
-
-
-def test_residual_connections_are_edges_without_gradients():
-    def apply(params, x):
-        hidden = jax.nn.relu(x @ params["a"])
-        return (hidden + jax.nn.relu(hidden @ params["b"])) @ params["c"]
-
-    rng = np.random.default_rng(0)
-    shapes = {"a": (3, 6), "b": (6, 6), "c": (6, 2)}
-    params, gradient = (
-        {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in shapes.items()} for _ in range(2)
-    )
-    spec = ngjax.trace_spec(apply, params, np.ones((1, 3), np.float32))
-    assert any(group.view is None for group in spec.edge_groups)
-    optimizer = ng_learned_opt(RULES["ng-gnn"], spec=spec, meta_params=meta_params("ng-gnn"))
-    found = run(optimizer, params, [gradient])[0]
-    moves = ngjax.random_permutations(jax.random.key(1), spec)
-    permuted = [ngjax.permute_params(spec, moves, tree) for tree in (params, gradient)]
-    moved = run(optimizer, permuted[0], [permuted[1]])[0]
-    expected = ngjax.permute_params(spec, moves, jax.tree.map(lambda leaf: leaf[0], found))
-    assert_close(jax.tree.map(lambda leaf: leaf[0], moved), expected)
-
-
-# -- shipped weights ---------------------------------------------------------------------------------------------------
-
-
-def test_the_package_has_weights_with_cards():
-    default = {f"{rule}-normalized" for rule in ("ng-gnn", "ng-t", "ff", "lstm", "celo2")}
-    paper = {f"{rule}-paper" for rule in ("ng-gnn", "ng-t", "nfn", "ff", "lstm")}
-    assert set(shipped.shipped_names()) == default | paper
-    folder = importlib.resources.files("ngjax.optimizers") / "weights"
-    files = {file.name: len(file.read_bytes()) for file in folder.iterdir()}
-    assert set(files) == {f"{name}.{end}" for name in default | paper for end in ("safetensors", "md")}
-    assert sum(files.values()) < 8e6
-
-
-@pytest.mark.parametrize("name", shipped.shipped_names())
-def test_shipped_meta_parameters_are_those_of_their_rule(name):
-    rule, _, step = name.rpartition("-")
-    theta = shipped.shipped_meta_params(rule, step)
-    fresh = init_meta_params(jax.random.key(0), rule, step)
-    assert_close(jax.tree.map(np.zeros_like, theta), jax.tree.map(np.zeros_like, fresh))
-    found = run(ng_learned_opt(rule, step=step), PARAMS, GRADIENTS)[0]
-    assert all(np.all(np.isfinite(leaf)) and np.any(leaf != 0) for leaf in jax.tree.leaves(found))
-
-
-def test_shipped_meta_parameters_may_first_be_read_under_a_trace():
-    shipped.shipped_meta_params.cache_clear()
-    optimizer = optax.inject_hyperparams(ng_learned_opt)("ff", learning_rate=0.02)
-    state = jax.jit(optimizer.init)(PARAMS)
-    for _ in range(2):
-        found, state = jax.jit(optimizer.update)(GRADIENTS[0], state, PARAMS)
-    expected = run(ng_learned_opt("ff", learning_rate=0.02), PARAMS, 2 * GRADIENTS[:1])[0]
-    assert_close(found, jax.tree.map(lambda leaf: leaf[1], expected))
-
-
-def test_rules_without_shipped_weights_name_those_that_have_them():
-    with pytest.raises(ValueError, match="no weights are shipped for rule='nfn' with step='normalized'; there are"):
-        ng_learned_opt("nfn")

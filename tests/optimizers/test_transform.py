@@ -1,5 +1,6 @@
 """What `optax` and JAX ask of a transformation, for every rule."""
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -416,3 +417,21 @@ def test_bad_meta_params(name):
         ValueError, match=r"unknown rule 'adam'; known are ff, lstm, ng-gnn, ng-t, nfn, celo2, coordinatewise-lstm"
     ):
         init_meta_params(jax.random.key(0), "adam")
+
+
+def test_gradients_in_another_order_are_refused():
+    turned = collections.OrderedDict((layer, GRADIENTS[0][layer]) for layer in ("layer_1", "layer_0"))
+    with pytest.raises(ValueError, match="gradients: expected the containers that init saw"):
+        learned_opt("ff").update(turned, learned_opt("ff").init(PARAMS), PARAMS)
+
+
+def test_integer_parameters_of_the_spec_are_none_of_the_optimizer():
+    def apply(params, x):
+        hidden = jax.nn.relu(x @ params["layer_0"]["kernel"] + params["layer_0"]["bias"])
+        return hidden @ params["layer_1"]["kernel"] + params["layer_1"]["bias"]
+
+    params = {**PARAMS, "count": np.zeros(3, np.int32)}
+    spec = ngjax.trace_spec(apply, params, np.ones((1, 4), np.float32))
+    optimizer = ng_learned_opt(RULES["ng-gnn"], meta_params=meta_params("ng-gnn"), spec=spec)
+    with pytest.raises(ValueError, match=r"parameter count \(3,\) is not part of the spec"):
+        optimizer.init({**params, "count": np.zeros(3, np.float32)})

@@ -1,5 +1,6 @@
 """The script end to end, with small networks on the digits."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -17,7 +18,7 @@ from ngjax.metatrain.comparison import RunResult
 from ngjax.metatrain.tasks import find_task, load_task_data, sample_batch
 from ngjax.metatrain.unroll import RunSettings, Trainer, start_run, warmup_cosine
 from ngjax.optimizers import init_meta_params
-from ngjax.optimizers.meta_file import save_meta_params
+from ngjax.optimizers.meta_file import load_meta_params, save_meta_params
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "evaluate_optimizers.py"
 TASK = "digits-mlp-8-relu"
@@ -224,6 +225,25 @@ def test_runs_are_remembered_for_the_versions_and_times_for_the_machine_they_are
             monkeypatch.setattr(script, module_function, lambda told=told: told)
         script.main(of)
         assert (calls["run"], calls["cost"]) == expected
+
+
+def test_runs_are_remembered_for_meta_parameters_and_schedule(script, meta_params, tmp_path, monkeypatch):
+    calls = []
+
+    def one(trainer, theta, data, **_):
+        calls.append(bool(theta))
+        return RunResult(2.5, np.ones(STEPS, np.float32), 1.0, 0.5)
+
+    monkeypatch.setattr(script, "run_once", one)
+    monkeypatch.setattr(script, "update_cost", lambda *_: script.UpdateCost(0.1, 8, None))
+    path, (theta, facts) = tmp_path / "ff.safetensors", load_meta_params(meta_params)
+    of = config(script, tmp_path / "out", seeds=(0,), rates=(1e-2,), meta_params=(path,))
+    cases = ((0, "cosine", [False, True]), (1, "cosine", [True]), (1, "constant", [False, True]))
+    for change, schedule, expected in cases:  # whether the optimizers that ran are learned
+        save_meta_params(path, jax.tree.map(lambda leaf, c=change: leaf + np.float32(c), theta), facts)
+        script.main(dataclasses.replace(of, schedule=schedule))
+        assert calls == expected
+        calls.clear()
 
 
 def test_learned_optimizers_in_the_papers_form_are_not_tuned_but_run_for_long(script, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -94,6 +95,13 @@ def test_the_same_command_again_changes_nothing_and_needs_no_data(script, run, m
         results = script.main(config(script, out, **changes))
         assert results == json.loads(before[out / "results.json"])
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("changes", [{"test_steps": 4}, {"test_seeds": 1}])
+def test_other_tests_of_a_finished_run_are_made(script, run, tmp_path, changes):
+    shutil.copytree(run[1], tmp_path / "again")
+    results = script.main(config(script, tmp_path / "again", **changes))
+    assert {name: results["config"][name] for name in changes} == changes
 
 
 def test_meta_parameters_may_come_from_another_run(script, run, tmp_path):

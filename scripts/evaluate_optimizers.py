@@ -14,7 +14,7 @@ Along a cosine losses fall most at its end. How many steps an optimizer saves is
 
 Writes `results.json` and `curves.png` into the output folder, after every task, and every run with its curve into the
 folder `runs` in it. Killed, the same command goes on after the last run; runs that another command shares are used
-again too, if they were made with the same versions of this library and of jax, and times if on the same machine.
+again too, if made with the same versions of this library, jax and Python, and times if on the same machine.
 """
 
 from __future__ import annotations
@@ -203,9 +203,9 @@ def plan(config: Config, folder: pathlib.Path, task: Task, candidate: Candidate,
         trainer = make_trainer(candidate, task, config.schedule, config.steps)
         return update_cost(trainer, candidate.theta, data)._asdict()
 
-    of_task = {"task": task.name, "versions": describe_versions(), "machine": describe_machine()}
-    gradient_ms = remembered(folder, of_task, lambda: gradient_milliseconds(task, data))
-    update = UpdateCost(**remembered(folder, of_task | identity(candidate, config.schedule), cost))
+    machine = {"machine": describe_machine()}
+    gradient_ms = remembered(folder, of_task(task) | machine, lambda: gradient_milliseconds(task, data))
+    update = UpdateCost(**remembered(folder, of_candidate(task, candidate, config.schedule) | machine, cost))
     rates: tuple[float, ...] = ()
     if candidate.has_rate:
         rates = config.learned_rates if candidate.is_learned else config.rates
@@ -218,8 +218,14 @@ def plan(config: Config, folder: pathlib.Path, task: Task, candidate: Candidate,
     return Plan(task, candidate, rates, other_steps, update, gradient_ms, seconds)
 
 
-def identity(candidate: Candidate, schedule: ScheduleName) -> dict[str, Any]:
-    return {"optimizer": candidate.name, "version": candidate.version, "schedule": schedule}
+def of_task(task: Task) -> dict[str, Any]:
+    """What all that is remembered of a task depends on."""
+    return {"task": task.name, "versions": describe_versions()}
+
+
+def of_candidate(task: Task, candidate: Candidate, schedule: ScheduleName) -> dict[str, Any]:
+    """What all that is remembered of an optimizer on a task depends on."""
+    return of_task(task) | {"optimizer": candidate.name, "version": candidate.version, "schedule": schedule}
 
 
 class Work:
@@ -271,8 +277,7 @@ def compete(config: Config, folder: pathlib.Path, work: Work, plan: Plan, data: 
             took = time.perf_counter() - begin
             return without_nan(result._asdict() | {"train_losses": result.train_losses.tolist()})
 
-        of_run = {"task": task.name, "versions": describe_versions()} | identity(candidate, config.schedule)
-        of_run |= {"steps": num_steps, "rate": rate, "seed": seed}
+        of_run = of_candidate(task, candidate, config.schedule) | {"steps": num_steps, "rate": rate, "seed": seed}
         result = with_nan(remembered(folder, of_run, compute))
         work.done((task.name, candidate.name, num_steps), num_steps * step_seconds, took)
         if took is not None:

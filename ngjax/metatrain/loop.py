@@ -261,9 +261,13 @@ def _fresh(
 
 
 def paper_optimizer(num_steps: int, peak_rate: float = 3e-4) -> optax.GradientTransformation:
-    """The outer optimizer of Kofinas et al. 2024: Adam at 3e-4, along a cosine to zero, with L2 weight decay of 1e-4.
+    """The outer optimizer of Kofinas et al. 2024: Adam along a cosine to zero, with L2 weight decay of 1e-4.
 
     The decay is added to the gradient, as `weight_decay` of PyTorch's Adam does.
+
+    Args:
+      num_steps: outer steps, at whose end the cosine is at zero.
+      peak_rate: where the cosine starts; the paper's by default.
     """
     return optax.chain(optax.add_decayed_weights(1e-4), optax.adam(optax.cosine_decay_schedule(peak_rate, num_steps)))
 

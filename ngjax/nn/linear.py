@@ -60,7 +60,7 @@ class LinearMap(NamedTuple):
 
 
 class DeclareLinearMap(nn.Module):
-    """Declares the parameters of `Dense`, with the same names and initial values, for those who compute otherwise."""
+    """Declares the parameters of `Dense`, by default with its initial values, for those who compute otherwise."""
 
     features: int
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()

@@ -54,6 +54,10 @@ def normal(seed, scale=1.0):
     }
 
 
+PARAMS = normal(0)
+GRADIENTS = [normal(1 + t) for t in range(3)]
+
+
 def run(optimizer, params, gradients):
     """The updates of one step after the other at the same parameters, stacked, and the last state."""
     return jax.device_get(scan_steps(optimizer, params, stacked(gradients)))
@@ -69,6 +73,11 @@ def scan_steps(optimizer, params, gradients):
 
     state, updates = jax.lax.scan(step, optimizer.init(params), gradients)
     return updates, state
+
+
+def updates(name="ff", gradients=GRADIENTS, **options):
+    """Of `PARAMS`, by one of `RULES`."""
+    return run(ng_learned_opt(RULES[name], meta_params=meta_params(name), **options), PARAMS, gradients)[0]
 
 
 def stacked(trees):

@@ -15,14 +15,17 @@ from ngjax.optimizers.features import SCALAR_FEATURES
 from ngjax.optimizers.graph_rules import with_constant_edges
 from ngjax.optimizers.named_rules import ng_gnn_rule
 from ngjax.optimizers.parts import inferred_spec, list_spec
-from tests.optimizers.small import RULES, SPEC, assert_close, drawn_meta_params, meta_params, normal, run
-
-PARAMS = normal(0)
-GRADIENTS = [normal(1 + t) for t in range(3)]
-
-
-def updates(name, gradients=GRADIENTS, **options):
-    return run(ng_learned_opt(RULES[name], meta_params=meta_params(name), **options), PARAMS, gradients)[0]
+from tests.optimizers.small import (
+    GRADIENTS,
+    PARAMS,
+    RULES,
+    SPEC,
+    assert_close,
+    drawn_meta_params,
+    meta_params,
+    run,
+    updates,
+)
 
 
 def test_without_a_spec_the_graph_is_inferred():
@@ -149,17 +152,20 @@ def test_the_graph_tells_scalars_with_the_same_features_apart():
         assert (abs(first - second) > 1e-6) == (name == "ng-gnn")
 
 
-def test_residual_connections_are_edges_without_gradients():
-    def apply(params, x):
-        hidden = jax.nn.relu(x @ params["a"])
-        return (hidden + jax.nn.relu(hidden @ params["b"])) @ params["c"]
+RESIDUAL_SHAPES = {"a": (3, 6), "b": (6, 6), "c": (6, 2)}
 
+
+def residual_network(params, x):
+    hidden = jax.nn.relu(x @ params["a"])
+    return (hidden + jax.nn.relu(hidden @ params["b"])) @ params["c"]
+
+
+def test_residual_connections_are_edges_without_gradients():
     rng = np.random.default_rng(0)
-    shapes = {"a": (3, 6), "b": (6, 6), "c": (6, 2)}
     params, gradient = (
-        {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in shapes.items()} for _ in range(2)
+        {k: np.asarray(rng.standard_normal(s), np.float32) for k, s in RESIDUAL_SHAPES.items()} for _ in range(2)
     )
-    spec = ngjax.trace_spec(apply, params, np.ones((1, 3), np.float32))
+    spec = ngjax.trace_spec(residual_network, params, np.ones((1, 3), np.float32))
     assert any(group.view is None for group in spec.edge_groups)
     optimizer = ng_learned_opt(RULES["ng-gnn"], spec=spec, meta_params=meta_params("ng-gnn"))
     found = run(optimizer, params, [gradient])[0]
@@ -171,13 +177,9 @@ def test_residual_connections_are_edges_without_gradients():
 
 
 def test_residual_connections_are_weights_of_one_without_gradients():
-    def apply(params, x):
-        hidden = jax.nn.relu(x @ params["a"])
-        return (hidden + jax.nn.relu(hidden @ params["b"])) @ params["c"]
-
-    reads, shapes = SCALAR_FEATURES, {"a": (3, 6), "b": (6, 6), "c": (6, 2)}
+    reads, shapes = SCALAR_FEATURES, RESIDUAL_SHAPES
     ones = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    traced = ngjax.trace_spec(apply, ones, np.ones((1, 3), np.float32))
+    traced = ngjax.trace_spec(residual_network, ones, np.ones((1, 3), np.float32))
     spec = list_spec(traced, tuple(param.path for param in traced.params), tuple(shapes.values()))
     read = [np.full((*shape, reads.size), 7, np.float32) for shape in shapes.values()]
     graph = with_constant_edges(spec, ngjax.to_groups(spec, read, feature_axis=True), reads)

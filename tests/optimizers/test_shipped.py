@@ -8,10 +8,7 @@ import optax
 import pytest
 
 from ngjax.optimizers import init_meta_params, ng_learned_opt, shipped
-from tests.optimizers.small import assert_close, normal, run
-
-PARAMS = normal(0)
-GRADIENTS = [normal(1 + t) for t in range(3)]
+from tests.optimizers.small import GRADIENTS, PARAMS, assert_close, run
 
 
 def test_the_package_has_weights_with_cards():

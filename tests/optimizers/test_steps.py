@@ -7,15 +7,7 @@ import optax
 import pytest
 
 from ngjax.optimizers import heads, init_meta_params, ng_learned_opt, steps
-from tests.optimizers.small import RULES, SPEC, assert_close, meta_params, normal, run
-
-PARAMS = normal(0)
-GRADIENTS = [normal(1 + t) for t in range(3)]
-
-
-def updates(name="ff", gradients=GRADIENTS, **options):
-    optimizer = ng_learned_opt(RULES[name], meta_params=meta_params(name), **options)
-    return run(optimizer, PARAMS, gradients)[0]
+from tests.optimizers.small import GRADIENTS, PARAMS, RULES, SPEC, assert_close, meta_params, run, updates
 
 
 def scaled(tree, factor):

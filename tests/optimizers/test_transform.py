@@ -16,7 +16,18 @@ import ngjax
 from ngjax import train
 from ngjax.optimizers import GraphRule, init_meta_params, ng_learned_opt
 from ngjax.optimizers.parts import inferred_spec
-from tests.optimizers.small import RULES, SPEC, assert_close, learned_opt, meta_params, normal, run, scan_steps, stacked
+from tests.optimizers.small import (
+    PARAMS,
+    RULES,
+    SPEC,
+    assert_close,
+    learned_opt,
+    meta_params,
+    normal,
+    run,
+    scan_steps,
+    stacked,
+)
 
 # What concerns the transformation and not the rule is tried with one rule on tensors and one on graphs: compiling is
 # most of the cost. A scan inside `chain`, donation, explicit shardings, permutations and numbers are tried with all.
@@ -43,7 +54,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("name", FEW if metafunc.function.__name__ in TESTED_WITH_FEW else RULES)
 
 
-PARAMS = normal(0)
 GRADIENTS = [normal(1 + t, scale=10.0**-t) for t in range(3)]
 
 

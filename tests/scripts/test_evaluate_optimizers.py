@@ -202,19 +202,25 @@ def test_what_is_there_is_not_computed_again(script, run, monkeypatch):
     assert [seed for _, seed in calls] == [1]
 
 
-def test_runs_are_remembered_for_the_versions_and_times_for_the_machine_they_are_of(script, tmp_path, monkeypatch):
-    calls = {"run": 0, "cost": 0}
+def nothing_runs(script, monkeypatch):
+    """Lists of all runs and of all costs that are asked for from now on: whether each is of a learned optimizer."""
+    runs, costs = [], []
 
-    def one(trainer, theta, data, **_):
-        calls["run"] += 1
+    def run_once(trainer, theta, data, **_):
+        runs.append(bool(theta))
         return RunResult(2.5, np.ones(STEPS, np.float32), 1.0, 0.5)
 
-    def cost(trainer, theta, data):
-        calls["cost"] += 1
+    def update_cost(trainer, theta, data):
+        costs.append(bool(theta))
         return script.UpdateCost(0.1, 8, None)
 
-    monkeypatch.setattr(script, "run_once", one)
-    monkeypatch.setattr(script, "update_cost", cost)
+    monkeypatch.setattr(script, "run_once", run_once)
+    monkeypatch.setattr(script, "update_cost", update_cost)
+    return runs, costs
+
+
+def test_runs_are_remembered_for_the_versions_and_times_for_the_machine_they_are_of(script, tmp_path, monkeypatch):
+    runs, costs = nothing_runs(script, monkeypatch)
     of = config(script, tmp_path, seeds=(0,), rates=(1e-2,))
     for module_function, told, expected in (
         (None, None, (1, 1)),
@@ -224,26 +230,19 @@ def test_runs_are_remembered_for_the_versions_and_times_for_the_machine_they_are
         if module_function is not None:
             monkeypatch.setattr(script, module_function, lambda told=told: told)
         script.main(of)
-        assert (calls["run"], calls["cost"]) == expected
+        assert (len(runs), len(costs)) == expected
 
 
 def test_runs_are_remembered_for_meta_parameters_and_schedule(script, meta_params, tmp_path, monkeypatch):
-    calls = []
-
-    def one(trainer, theta, data, **_):
-        calls.append(bool(theta))
-        return RunResult(2.5, np.ones(STEPS, np.float32), 1.0, 0.5)
-
-    monkeypatch.setattr(script, "run_once", one)
-    monkeypatch.setattr(script, "update_cost", lambda *_: script.UpdateCost(0.1, 8, None))
+    runs, _ = nothing_runs(script, monkeypatch)
     path, (theta, facts) = tmp_path / "ff.safetensors", load_meta_params(meta_params)
     of = config(script, tmp_path / "out", seeds=(0,), rates=(1e-2,), meta_params=(path,))
     cases = ((0, "cosine", [False, True]), (1, "cosine", [True]), (1, "constant", [False, True]))
-    for change, schedule, expected in cases:  # whether the optimizers that ran are learned
+    for change, schedule, expected in cases:
         save_meta_params(path, jax.tree.map(lambda leaf, c=change: leaf + np.float32(c), theta), facts)
         script.main(dataclasses.replace(of, schedule=schedule))
-        assert calls == expected
-        calls.clear()
+        assert runs == expected
+        runs.clear()
 
 
 def test_learned_optimizers_in_the_papers_form_are_not_tuned_but_run_for_long(script, tmp_path, monkeypatch):

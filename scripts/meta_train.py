@@ -68,10 +68,13 @@ class Config:
     tasks: tuple[str, ...]
     """Names of the tasks, see `find_task`; the outer steps take them in turn. Any scheme."""
     rule: Literal["ff", "lstm", "ng-gnn", "ng-t", "nfn", "celo2", "coordinatewise-lstm"] = "ff"
-    """What the optimizer computes its updates with; in the sizes of `PAPER_RULES` if so is the scheme, else of `RULES`.
-    Any scheme."""
+    """What the optimizer computes its updates with, in the sizes of `PAPER_RULES` for steps of the paper's form, else
+    of `RULES`. Any scheme."""
     scheme: Literal["fresh", "paper"] = "fresh"
     """How the loss of the meta-parameters is made up."""
+    step: Literal["normalized", "paper"] | None = None
+    """Form of the step. By default normalized, and the paper's in the paper's scheme, which knows no other. The paper's
+    learns its magnitude: of the learning rate of a run it sees nothing."""
     estimator: Literal["one-step", "pes"] = "one-step"
     """Of meta-gradients: through single steps, each credited with the losses after it, or evolution strategies through
     whole runs."""
@@ -112,7 +115,7 @@ class Config:
     test_seeds: int = 3
     """Networks for each number of the table. Any scheme."""
     start_from: pathlib.Path | None = None
-    """File with meta-parameters of the same rule and scheme to begin with, instead of fresh ones. Any scheme."""
+    """File with meta-parameters of the same rule and step to begin with, instead of fresh ones. Any scheme."""
     data_dir: pathlib.Path | None = None
     """Folder with data sets, by default that of the environment variable NGJAX_DATA_DIR; else they are downloaded."""
     save_every_seconds: float = 300.0
@@ -122,8 +125,8 @@ class Config:
 
 
 DEFAULTS = {
-    "fresh": {"outer_steps": 2000, "runs": 16, "truncation": 50, "learning_rate": 1e-3},
-    "paper": {"outer_steps": 1000, "runs": 1, "truncation": 100, "learning_rate": 3e-4},
+    "fresh": {"step": "normalized", "outer_steps": 2000, "runs": 16, "truncation": 50, "learning_rate": 1e-3},
+    "paper": {"step": "paper", "outer_steps": 1000, "runs": 1, "truncation": 100, "learning_rate": 3e-4},
 }
 """Of settings that differ between the schemes."""
 
@@ -139,11 +142,12 @@ def main(config: Config) -> dict[str, Any]:
     config = with_defaults(config)
     if config.scheme == "paper" and config.estimator == "pes":
         raise ValueError("scheme=paper has its own estimator, expected estimator=one-step")
+    if config.scheme == "paper" and config.step != "paper":
+        raise ValueError(f"scheme=paper is for steps of its own form, expected step=paper, received step={config.step}")
     tasks = [find_task(name) for name in config.tasks]  # before any work: an unknown name fails here
-    step: Literal["normalized", "paper"] = "paper" if config.scheme == "paper" else "normalized"
     before = None if config.start_from is None else load_meta_params(config.start_from)
     if before is not None:
-        check_made_for(before, config.rule, step, str(config.start_from))
+        check_made_for(before, config.rule, config.step, str(config.start_from))
     out = train.prepare_folder(config.out, "resume")
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     fixed = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
@@ -156,12 +160,15 @@ def main(config: Config) -> dict[str, Any]:
     if jax.process_index() == 0:
         write_json(out / SETTINGS, {**fixed, LENGTHENED: lengthened})
     run_settings = RunSettings(config.horizons, config.peak_rates, scale_spread=config.scale_spread)
-    rule = find_rule(config.rule, step)
-    maker = LearnedOptimizer(rule, step, config.chunk)
+    rule = find_rule(config.rule, config.step)
+    maker = LearnedOptimizer(rule, config.step, config.chunk)
     trainers = [Trainer(task, maker, run_settings) for task in tasks]
     init_key, run_key = jax.random.split(jax.random.key(config.seed), 3)[:2]  # of three, as in earlier runs
-    theta = init_meta_params(init_key, rule, step) if before is None else before.theta
-    say(f"{config.rule}, scheme {config.scheme}, {config.outer_steps:,} outer steps on {', '.join(config.tasks)}")
+    theta = init_meta_params(init_key, rule, config.step) if before is None else before.theta
+    say(
+        f"{config.rule}, {config.step} steps, scheme {config.scheme}, {config.outer_steps:,} outer steps on "
+        f"{', '.join(config.tasks)}"
+    )
     start = time.perf_counter()
     result = meta_train(
         trainers,
@@ -180,7 +187,7 @@ def main(config: Config) -> dict[str, Any]:
     theta = jax.device_get(result.theta)
     provenance = {
         "rule": config.rule,
-        "step": step,
+        "step": config.step,
         "seed": config.seed,
         "config": {k: v for k, v in settings.items() if k not in ("out", "data_dir", "start_from")},
         "started_from": None if before is None else before.metadata,
@@ -279,7 +286,7 @@ def compare(config: Config, trainers: Sequence[Trainer], data: dict[str, Any], t
     for number, trainer in enumerate(trainers):
         task = trainer.task
         table[task.name] = {}
-        has_rate = config.scheme != "paper"
+        has_rate = config.step == "normalized"
         for candidate, rates in (
             (Candidate(config.rule, trainer.make_optimizer, theta, has_rate), np.geomspace(*config.peak_rates, 5)),
             (hand_made("adam"), np.geomspace(*ADAM_RATES, 6)),
@@ -339,7 +346,7 @@ def format_table(config: Config, table: dict[str, dict[str, Any]]) -> str:
         (
             task,
             title,
-            "" if config.scheme == "paper" and title == config.rule else f"{numbers['peak_rate']:.2g}",
+            "" if config.step == "paper" and title == config.rule else f"{numbers['peak_rate']:.2g}",
             cell(numbers, "test_loss", ".4f"),
             cell(numbers, "test_accuracy", ".2%"),
         )
@@ -391,7 +398,8 @@ def draw_curves(config: Config, history: list[train.metrics.Row]) -> Figure:
     axis.set(xlabel="outer step", ylabel="loss after each inner step" if is_paper else "logarithm of the loss")
     axis.grid(alpha=0.3)
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    figure.suptitle(f"{config.rule}, scheme {config.scheme}" + ("" if is_paper else f", {config.estimator}"))
+    estimator = "" if is_paper else f", {config.estimator}"
+    figure.suptitle(f"{config.rule}, {config.step} steps, scheme {config.scheme}{estimator}")
     return figure
 
 

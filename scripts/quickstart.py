@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import json
 import math
@@ -38,7 +37,7 @@ import ngjax
 from ngjax import train, zoo
 from ngjax.baselines import FlatMLP, ProbeReadout, flat_statistics
 from ngjax.files import write_atomically
-from ngjax.machine import describe_machine, describe_versions
+from ngjax.machine import describe_process
 from ngjax.report import markdown_table, save_figure
 
 SIZES = (2, 32, 32, 1)
@@ -182,9 +181,7 @@ def main(config: Config) -> dict[str, Any]:
         "train_networks": len(own.train.labels),
         "test_networks": len(own.test.labels),
         "seconds": {**seconds, "total": round(time.perf_counter() - start, 1)},
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **describe_process(),
         "config": {**dataclasses.asdict(config), "out": str(config.out)},
         "table": table.splitlines(),
     }

@@ -14,7 +14,6 @@ Writes `results.json` and `barrier.png` into the output folder, after every seed
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import pathlib
@@ -34,7 +33,7 @@ from matplotlib.figure import Figure
 import ngjax
 from ngjax import train, zoo
 from ngjax.files import write_atomically
-from ngjax.machine import describe_machine, describe_versions
+from ngjax.machine import describe_process
 from ngjax.report import deviation_of, markdown_table, save_figure, with_deviation
 
 EVALUATION_BATCH = 1000
@@ -339,9 +338,7 @@ def summarize(config: Config, spec: ngjax.NeuralGraphSpec, outcomes: list[Outcom
             for outcome, numbers in zip(outcomes, per_seed, strict=True)
         ],
         "num_params": sum(math.prod(param.shape) for param in spec.params),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **describe_process(),
         "config": {name: value for name, value in settings.items() if name not in ("out", "data_dir")},
         "table": format_table(mean, deviation).splitlines(),
     }

@@ -11,7 +11,6 @@ Writes `results.json` and `table.md` into the output folder.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import pathlib
@@ -29,7 +28,7 @@ from architectures import ARCHITECTURES, Architecture, Network
 import ngjax
 from ngjax import train
 from ngjax.files import write_atomically
-from ngjax.machine import describe_machine, describe_versions
+from ngjax.machine import describe_process
 from ngjax.report import markdown_table
 
 TABLE_NOTES = """\
@@ -213,9 +212,7 @@ def write_results(out: pathlib.Path, config: Config, rows: list[Row], seconds: f
     results = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "seconds": round(seconds, 1),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **describe_process(),
         "config": {**dataclasses.asdict(config), "out": str(config.out), "only": list(config.only)},
     }
     with write_atomically(out / "results.json") as path:

@@ -165,11 +165,15 @@ def test_an_unfinished_run_is_not_lengthened(script, tmp_path):
         script.main(config(script, tmp_path, test_steps=0, outer_steps=5))
 
 
-@pytest.mark.parametrize("changes", [{"scheme": "paper"}, {"estimator": "pes"}], ids=["paper", "pes"])
-def test_other_schemes_and_estimators(script, tmp_path, changes):
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [({"scheme": "paper"}, "paper"), ({"estimator": "pes"}, "normalized"), ({"step": "paper"}, "paper")],
+    ids=["paper scheme", "pes", "paper step"],
+)
+def test_other_schemes_estimators_and_steps(script, tmp_path, changes, step):
     results = script.main(config(script, tmp_path, test_steps=0, **changes))
     assert results["table"] == []
-    assert results["step"] == ("paper" if "scheme" in changes else "normalized")
+    assert results["step"] == load_meta_params(tmp_path / "meta_params.safetensors").metadata["step"] == step
     assert np.isfinite(results["meta_loss"]["digits-mlp-4-relu"])
 
 
@@ -193,6 +197,8 @@ def test_the_outer_learning_rate_is_the_one_given(script, tmp_path, scheme):
 def test_settings_that_cannot_be_are_refused(script, tmp_path):
     with pytest.raises(ValueError, match="scheme=paper has its own estimator"):
         script.main(config(script, tmp_path / "a", scheme="paper", estimator="pes"))
+    with pytest.raises(ValueError, match="expected step=paper, received step=normalized"):
+        script.main(config(script, tmp_path / "a", scheme="paper", step="normalized"))
     with pytest.raises(ValueError, match="unknown task 'nothing'"):
         script.main(config(script, tmp_path / "a", tasks=("nothing",)))
     assert not (tmp_path / "a").exists()

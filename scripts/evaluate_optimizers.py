@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import matplotlib as mpl
 import numpy as np
 import tyro
@@ -134,11 +136,10 @@ def main(config: Config) -> dict[str, Any]:
     out = train.prepare_folder(config.out)
     folder = train.prepare_folder(out / "runs")
     data = {name: load_task_data(name, data_dir=config.data_dir) for name in sorted({task.data for task in tasks})}
-    plans = {
-        (task.name, candidate.name): plan(config, folder, task, candidate, data[task.data])
-        for task in tasks
-        for candidate in candidates
-    }
+    plans: dict[tuple[str, str], Plan] = {}
+    for task, candidate in itertools.product(tasks, candidates):
+        plans[task.name, candidate.name] = plan(config, folder, task, candidate, data[task.data])
+        let_go_of_programs()
     programs = [(*names, steps) for names, of in plans.items() for steps in (config.steps, *of.other_steps)]
     work = Work(sum(of.seconds for of in plans.values()), programs)
     say(
@@ -147,15 +148,25 @@ def main(config: Config) -> dict[str, Any]:
     )
     outcomes: dict[str, dict[str, Outcome]] = {}
     for task in tasks:
-        outcomes[task.name] = {
-            of.name: compete(config, folder, work, plans[task.name, of.name], data[task.data]) for of in candidates
-        }
+        outcomes[task.name] = {}
+        for of in candidates:
+            outcomes[task.name][of.name] = compete(config, folder, work, plans[task.name, of.name], data[task.data])
+            let_go_of_programs()
         results = summarize(config, candidates, outcomes)
         write_json(out / "results.json", results)
         save_figure(draw_curves(outcomes), out / "curves.png")
     say("\n" + "\n".join([*results["table"], "", *results["cost_table"]]) + f"\n\n{TABLE_NOTES}\n")
     say(f"numbers, curves and runs are in {out}")
     return results
+
+
+def let_go_of_programs() -> None:
+    """Of those compiled so far, which no other optimizer or task needs.
+
+    Each holds several memory mappings, Linux allows a process 65,530, and LLVM ends it where it gets no more: ten
+    optimizers on three tasks, in runs of five lengths, were too many.
+    """
+    jax.clear_caches()
 
 
 def check(config: Config) -> None:

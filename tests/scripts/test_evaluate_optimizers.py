@@ -14,6 +14,7 @@ import optax
 import pytest
 from matplotlib import image
 
+from ngjax.metatrain import comparison
 from ngjax.metatrain.comparison import RunResult
 from ngjax.metatrain.tasks import find_task, load_task_data, sample_batch
 from ngjax.metatrain.unroll import RunSettings, Trainer, start_run, warmup_cosine
@@ -82,6 +83,12 @@ def test_results_are_complete(run, meta_params):
         assert of["gradient_ms"] == results["tasks"][TASK]["adam"]["gradient_ms"] > 0
     assert results["tasks"][TASK]["feed-forward"]["peak_rate"] == 1e-3
     assert results["tasks"][TASK]["feed-forward"]["tuning"] == []
+
+
+def test_programs_are_let_go_of(script, run):
+    # Those of many optimizers and tasks are more than a process may hold.
+    script.main(run[0])
+    assert comparison._train._cache_size() == 0
 
 
 @functools.cache

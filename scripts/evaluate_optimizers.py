@@ -161,9 +161,9 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def let_go_of_programs() -> None:
-    """Of those compiled so far, which no other optimizer or task needs.
+    """Of all compiled so far; what the optimizers of a task share compiles again, which takes about a second.
 
-    Each holds several memory mappings, Linux allows a process 65,530, and LLVM ends it where it gets no more: ten
+    Each holds hundreds of memory mappings, Linux allows a process 65,530, and LLVM ends it where it gets no more: ten
     optimizers on three tasks, in runs of five lengths, were too many.
     """
     jax.clear_caches()
